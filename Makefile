@@ -1,0 +1,71 @@
+# One task per line of `make help`. Every task first brings its virtual environment up to date: plain pip, inside the
+# checkout, every version from a constraints file. A second run installs nothing.
+
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+CONSTRAINTS := constraints.txt
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/installed
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
+EXTRAS := triton,hf,cli,testing,dev
+# A folder named `interpreted` runs in a process of its own: Triton reads TRITON_INTERPRET when it is imported.
+INTERPRETED := $(wildcard tests/ops/interpreted plugins/*/tests/interpreted)
+MARKS := not full
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test test-all test-oldest lint types pytest format bench clean
+
+help:  ## list the tasks
+	@sed -n 's/^\([a-z-]*\):.*##  */\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r task text; do \
+		printf '  make %-12s %s\n' "$$task" "$$text"; done
+
+setup: $(INSTALLED)  ## make the virtual environment (every task does it by itself)
+
+demo: setup  ## write small real checkpoints, run them through plugins, compare with transformers
+	$(BIN)/moe-core demo
+
+test: lint types pytest  ## everything that must be green: lint, types, import contracts, tests
+
+test-all:  ## the same, with the tests marked `full`
+	$(MAKE) --no-print-directory test MARKS='full or not full'
+
+test-oldest:  ## the tests with the oldest supported torch and transformers, in .venv-oldest
+	$(MAKE) --no-print-directory pytest VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+lint: setup  ## ruff (rules and format) and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: setup  ## mypy
+	$(BIN)/mypy
+
+pytest: setup  ## the tests alone
+	$(if $(INTERPRETED),TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m '$(MARKS)' $(INTERPRETED))
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m '$(MARKS)'
+
+format: setup  ## let ruff rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup  ## our experts beside those of transformers, on the CPU
+	$(BIN)/python benchmarks/experts_cpu.py
+
+clean:  ## remove the virtual environments and every cache
+	rm -rf .venv .venv-oldest .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- set-up
+
+# The build backend comes first, because the editable installs then need no isolated (unpinned) build environment.
+# An environment without pip is one whose making failed half-way (no ensurepip, say), and is made again.
+$(INSTALLED): pyproject.toml $(PLUGINS:=/pyproject.toml) $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("moe-core needs Python 3.10 or newer, and \
+	$(PYTHON) is %s. Name a newer one: make PYTHON=python3.12 ..." % sys.version.split()[0])'
+	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) hatchling editables
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) --no-build-isolation torch \
+		-e '.[$(EXTRAS)]' $(addprefix -e ./,$(PLUGINS))
+	touch $@

@@ -1,0 +1,149 @@
+"""From a config to something that runs: `plan`, `build_runner` and `plugins`, the library's front door."""
+
+from __future__ import annotations
+
+import functools
+
+import attrs
+import torch
+
+from moe_core.config import MoEConfig, MoEParallelConfig, Problem
+from moe_core.errors import MoEError
+from moe_core.interfaces import Candidate, CapabilitiesT, Group, MoERunnerInterface
+from moe_core.plugins import PluginRecord, registry
+from moe_core.quant import UNQUANTIZED, QuantMethod, QuantScheme
+from moe_core.routed_experts import RoutedExperts
+from moe_core.select import Plan, select
+from moe_core.shared_experts import SharedExperts
+from moe_core.types import Availability, Device
+
+
+def plugins() -> list[PluginRecord]:
+    """Every plugin that was found, also those that could not be loaded, with what each registers and why not."""
+    return list(registry().plugins)
+
+
+def plan(
+    config: MoEConfig,
+    *,
+    parallel: MoEParallelConfig | None = None,
+    scheme: QuantScheme | str | None = None,
+    dispatch: str | None = None,
+    experts: str | None = None,
+    device: torch.device | str | Device | None = None,
+    routing_is_external: bool = False,
+) -> Plan:
+    """Choose the backends for one layer, and say why.
+
+    Args:
+        config: the layer.
+        parallel: its spread over ranks; None: one rank.
+        scheme: a quantization scheme or its name; None: unquantized.
+        dispatch, experts: names of backends to insist on.
+        device: where it will run, also one that is not here (a `Device`); None: "cuda" where there is one, else "cpu".
+        routing_is_external: ids and weights will come from outside.
+
+    Raises:
+        UnsupportedError: nothing can run it, or a name is unknown. The text holds every candidate with its reasons.
+    """
+    found = registry()
+    if dispatch is not None:
+        found.find("dispatch", dispatch)
+    if experts is not None:
+        found.find("experts", experts)
+    problem = Problem(
+        config=config,
+        parallel=parallel or MoEParallelConfig(),
+        scheme=_scheme(scheme),
+        device=_device(device),
+        routing_is_external=routing_is_external,
+    )
+    return select(
+        problem,
+        [_probed(candidate) for candidate in found.dispatch.values()],
+        [_probed(candidate) for candidate in found.experts.values()],
+        dispatch=dispatch,
+        experts=experts,
+    )
+
+
+def build_runner(
+    config: MoEConfig,
+    *,
+    parallel: MoEParallelConfig | None = None,
+    scheme: QuantScheme | str | None = None,
+    dispatch: str | None = None,
+    experts: str | None = None,
+    group: Group | None = None,
+    device: torch.device | str | None = None,
+    gate: torch.nn.Module | None = None,
+    shared_experts: torch.nn.Module | None = None,
+    correction_bias: torch.Tensor | None = None,
+    routed_input_transform: torch.nn.Module | None = None,
+    routed_output_transform: torch.nn.Module | None = None,
+    runner: str = "default",
+) -> MoERunnerInterface:
+    """Build one MoE layer with empty weights; fill them with `runner.routed_experts.load_expert`, then `pack_weights`.
+
+    Args:
+        config: the layer.
+        parallel: its spread over ranks; None: one rank.
+        scheme: a quantization scheme or its name; None: unquantized.
+        dispatch, experts: names of backends to insist on; None: selection decides.
+        group: the ranks of this layer; needed where there is more than one.
+        device: where it runs; None: "cuda" where there is one, else "cpu".
+        gate: `[T, H] → [T, E]`, if the runner is to hold it.
+        shared_experts: a module that every token visits, or a `SharedExperts` around one.
+        correction_bias: `[E]` float32, for routers that choose by biased scores.
+        routed_input_transform, routed_output_transform: modules around the routed experts only (latent MoE).
+        runner: which registered runner.
+
+    Raises:
+        UnsupportedError: nothing can run it.
+    """
+    parallel = parallel or MoEParallelConfig()
+    ranks = max(parallel.ep_size, parallel.tp_size)
+    if ranks > 1 and group is None:
+        raise MoEError(f"this layer is spread over {ranks} ranks, and group is None: pass the ranks' Group")
+    target = torch.device(_device(device).type if device is None else device)
+    replan = functools.partial(
+        plan, config, parallel=parallel, dispatch=dispatch, experts=experts, device=Device.of(target)
+    )
+    found = registry()
+    chosen = replan(scheme=scheme)
+    method: QuantMethod = found.find("quant_methods", chosen.scheme.name).factory()
+    if shared_experts is not None and not isinstance(shared_experts, SharedExperts):
+        shared_experts = SharedExperts(shared_experts)
+    return found.find("runners", runner)(
+        chosen,
+        RoutedExperts(chosen, method, target),
+        found.find("routers", config.router.name)(config),
+        replan=replan,
+        group=group,
+        gate=gate,
+        shared_experts=shared_experts,
+        correction_bias=correction_bias,
+        routed_input_transform=routed_input_transform,
+        routed_output_transform=routed_output_transform,
+    )
+
+
+def _scheme(scheme: QuantScheme | str | None) -> QuantScheme:
+    if isinstance(scheme, str):
+        method: QuantMethod = registry().find("quant_methods", scheme).factory()
+        return method.scheme
+    return scheme or UNQUANTIZED
+
+
+def _device(device: torch.device | str | Device | None) -> Device:
+    if isinstance(device, Device):
+        return device
+    return Device.of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _probed(candidate: Candidate[CapabilitiesT]) -> Candidate[CapabilitiesT]:
+    try:
+        availability = candidate.probe()
+    except Exception as error:  # noqa: BLE001 - a probe that raises is that backend's reason, nobody else's crash
+        availability = Availability(False, f"its probe raised {type(error).__name__}: {error}")
+    return attrs.evolve(candidate, availability=availability)

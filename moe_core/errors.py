@@ -1,0 +1,38 @@
+"""Every exception that the core raises for a user. All derive from `MoEError`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the table's rows are made in select.py; an error only carries them
+    from moe_core.select import PairReport
+
+
+class MoEError(Exception):
+    """Base class: catch this to catch everything that moe-core raises on purpose."""
+
+
+class PluginError(MoEError):
+    """A plugin broke the plugin contract. The text names the plugin, what it did and what was expected."""
+
+
+class UnsupportedError(MoEError):
+    """Nothing installed can run what was asked for.
+
+    Attributes:
+        rejections: one row per (dispatch, experts) pair that was considered, each with all of its reasons; empty
+            when no pair came into question (an unknown name, say).
+    """
+
+    def __init__(self, message: str, rejections: Sequence[PairReport] = ()) -> None:
+        super().__init__(message)
+        self.rejections = tuple(rejections)
+
+
+class CapacityError(MoEError):
+    """More rows arrived for an expert than its buffer holds. No result of that step may be used."""
+
+
+class CheckpointError(MoEError):
+    """A checkpoint folder cannot be read as it is. The text names the file or tensor and what is wrong with it."""

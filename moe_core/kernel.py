@@ -1,0 +1,298 @@
+"""`MoEKernel`: one dispatch backend and the experts of a plan's ranges, joined into a step.
+
+Shape letters: T tokens on this rank · H hidden · E experts, global · E_l local experts · K top-k · R received rows ·
+C row capacity per local expert.
+
+The kernel holds no weights and no shared experts: both are arguments. What the backends do not take (a dropped id,
+another id dtype, physical ids) is arranged here, once, so that no backend arranges it differently.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import torch
+
+from moe_core.errors import MoEError
+from moe_core.expert_map import ExpertMapManager
+from moe_core.interfaces import Experts, Group, PrepareAndFinalize
+from moe_core.select import Plan
+from moe_core.types import (
+    ActivationFormat,
+    Dispatched,
+    ExpertPlacement,
+    ExpertWeights,
+    Routing,
+    SharedExpertsOrder,
+)
+
+_ALIGNMENT = 256
+"""Bytes. Workspaces start at multiples of this: enough for any vector load and for TMA descriptors."""
+
+
+@attrs.define
+class Flight:
+    """One micro-batch between dispatch and combine."""
+
+    dispatched: Dispatched
+    routing: Routing
+    out: torch.Tensor
+
+
+class MoEKernel:
+    """Runs prepare → experts → finalize. Made from a plan; replaced, never altered, when the plan changes."""
+
+    def __init__(self, plan: Plan, group: Group | None = None) -> None:
+        config, parallel = plan.config, plan.problem.parallel
+        arguments = (config, parallel, plan.scheme, group, config.placement)
+        self.plan = plan
+        self.expert_map = ExpertMapManager(config.num_experts, parallel.ep_size, parallel.ep_rank, config.placement)
+        self.prepare_finalize: PrepareAndFinalize = plan.dispatch.factory(*arguments)
+        self.experts: list[Experts] = [item.candidate.factory(*arguments) for item in plan.ranges]
+        self._first_rows = [item.first_row for item in plan.ranges]
+        self._accepts_dropped = [item.candidate.capabilities.accepts_dropped_ids for item in plan.ranges]
+        self._maps_to_physical = (
+            config.placement is ExpertPlacement.ROUND_ROBIN
+            and parallel.ep_size > 1
+            and plan.dispatch.capabilities.needs_round_robin_routing_tables
+        )
+        own = self.expert_map.local_experts
+        self._own_expert = parallel.ep_rank * len(own) if self._maps_to_physical else own[0]
+        self._weight_on_input = config.router_weight_on_input and config.top_k == 1
+        self._in_flight = 0
+        self._carvings: dict[tuple[int, int], _Carving] = {}
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        routing: Routing,
+        weights: ExpertWeights,
+        *,
+        shared_experts: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One step.
+
+        Args:
+            hidden_states: `[T, H]`, unit stride in H; never written.
+            routing: global ids `[T, K]` with -1 = none, weights `[T, K]` float32.
+            weights: the layer's weights.
+            shared_experts: called once, at the moment that the plan's `shared_experts_order` names, with
+                `shared_experts_input`.
+
+        Returns:
+            the routed output `[T, H]` (summed over this rank's experts only, unless `plan.output_is_reduced`), and
+            the shared experts' output or None.
+        """
+        if shared_experts is None:
+            flight = self.dispatch(hidden_states, routing)
+            self.combine(flight, self.run_experts(flight, weights))()
+            return flight.out, None
+        assert shared_experts_input is not None, "shared experts come with their input"
+        order, shared_out = self.plan.shared_experts_order, None
+        if order is SharedExpertsOrder.SEQUENTIAL:
+            shared_out = shared_experts(shared_experts_input)
+        join = None
+        if order is SharedExpertsOrder.MULTI_STREAM:
+            join = _on_side_stream(shared_experts, shared_experts_input)
+        flight = self.dispatch(hidden_states, routing)
+        finish = self.combine(flight, self.run_experts(flight, weights))
+        if order is SharedExpertsOrder.INTERNAL:
+            shared_out = shared_experts(shared_experts_input)
+        finish()
+        return flight.out, join() if join else shared_out
+
+    def dispatch(self, hidden_states: torch.Tensor, routing: Routing) -> Flight:
+        """First stage: bring the rows to their experts. Every flight goes on to `run_experts` and `combine`."""
+        caps = self.plan.dispatch.capabilities
+        if caps.max_in_flight is not None and self._in_flight >= caps.max_in_flight:
+            raise MoEError(
+                f"dispatch {self.plan.dispatch.name} holds {self._in_flight} micro-batches in flight and declares "
+                f"max_in_flight = {caps.max_in_flight}; combine one before the next dispatch"
+            )
+        if self.plan.config.debug:
+            self._check_inputs(hidden_states, routing)
+        hidden_states, routing = self._admit(hidden_states, routing)
+        out = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
+        receive = self.prepare_finalize.prepare_start(
+            hidden_states,
+            routing,
+            num_experts=self.plan.config.num_experts,
+            expert_map=None if self._maps_to_physical else self.expert_map.expert_map(hidden_states.device),
+            payload=self.plan.payload,
+        )
+        flight = Flight(receive(), routing, out)
+        self._in_flight += 1
+        if self.plan.config.debug:
+            self._check_dispatched(flight.dispatched)
+        return flight
+
+    def run_experts(self, flight: Flight, weights: ExpertWeights) -> torch.Tensor:
+        """Second stage: STANDARD `[R, H]`, or BATCHED `[E_l, C, H]`."""
+        dispatched = flight.dispatched
+        try:
+            standard = self.plan.activation_format is ActivationFormat.STANDARD
+            rows = dispatched.x.shape[0 if standard else 1]
+            index = bisect.bisect_right(self._first_rows, rows) - 1
+            if standard and not self._accepts_dropped[index]:
+                dispatched = _redirect_dropped(dispatched)
+            expert_out = self.prepare_finalize.expert_output(dispatched, flight.out)
+            if expert_out is None:
+                expert_out = dispatched.x.new_empty(dispatched.x.shape, dtype=flight.out.dtype)
+            if dispatched.x.numel():
+                workspaces = self._workspaces(index, rows, dispatched.x.device)
+                self.experts[index].apply(dispatched, weights, workspaces, expert_out)
+            return expert_out
+        except BaseException:
+            self._release(flight)
+            raise
+
+    def combine(self, flight: Flight, expert_out: torch.Tensor) -> Callable[[], None]:
+        """Third stage, first half: start the combine. Calling the result ends it; then `flight.out` is written."""
+        try:
+            receive = self.prepare_finalize.finalize_start(
+                expert_out, flight.dispatched.handle, flight.routing, flight.out
+            )
+        except BaseException:
+            self._release(flight)
+            raise
+        self._in_flight -= 1
+        return receive
+
+    def check(self) -> None:
+        """Raise what a step could not raise without a host sync."""
+        self.prepare_finalize.check()
+
+    def workspace_bytes(self, rows: int) -> int:
+        """Scratch memory of a step at a row bound, in bytes: exactly what the step allocates."""
+        return self._carving(bisect.bisect_right(self._first_rows, rows) - 1, rows).total
+
+    def _release(self, flight: Flight) -> None:
+        self._in_flight -= 1
+        self.prepare_finalize.release(flight.dispatched.handle)
+
+    def _admit(self, hidden_states: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Routing]:
+        """Give the dispatch what it declared: unit stride in H, its id dtype, physical ids, no -1, weight 1."""
+        caps = self.plan.dispatch.capabilities
+        ids, weights = routing.topk_ids, routing.topk_weights
+        if hidden_states.stride(-1) != 1:
+            hidden_states = hidden_states.contiguous()
+        if self._weight_on_input:
+            hidden_states = (hidden_states * torch.where(ids < 0, 0.0, weights)).to(hidden_states.dtype)
+            weights = torch.ones_like(weights)
+        if self._maps_to_physical:
+            ids = self.expert_map.remap_to_physical(ids)
+        if caps.id_dtype is not None:
+            ids = ids.to(caps.id_dtype)
+        if not caps.accepts_dropped_ids:
+            ids, weights, hidden_states = _without_dropped(ids, weights, hidden_states, self._own_expert)
+        return hidden_states, Routing(ids, weights)
+
+    def _workspaces(self, index: int, rows: int, device: torch.device) -> Mapping[str, torch.Tensor]:
+        carving = self._carving(index, rows)
+        if not carving.total:
+            return {}
+        storage = torch.empty(carving.total, dtype=torch.uint8, device=device)
+        return {name: storage[start:end].view(dtype).view(shape) for name, start, end, shape, dtype in carving.pieces}
+
+    def _carving(self, index: int, rows: int) -> _Carving:
+        key = (index, rows)
+        if key not in self._carvings:
+            shapes = self.experts[index].workspace_shapes(rows, self.plan.activation_format)
+            self._carvings[key] = _Carving.of(shapes)
+        return self._carvings[key]
+
+    def _check_inputs(self, hidden_states: torch.Tensor, routing: Routing) -> None:
+        """Debug mode: what would else be an illegal access or a wrong number. Reads values on the host."""
+        config, ids = self.plan.config, routing.topk_ids
+        tokens = hidden_states.shape[0]
+        for name, tensor in (("topk_ids", ids), ("topk_weights", routing.topk_weights)):
+            if tuple(tensor.shape) != (tokens, config.top_k):
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}; expected (T, K) = ({tokens}, {config.top_k})"
+                )
+        if tokens and (int(ids.max()) >= config.num_experts or int(ids.min()) < -1):
+            raise ValueError(
+                f"topk_ids range from {int(ids.min())} to {int(ids.max())}; legal ids are -1 to num_experts - 1 = "
+                f"{config.num_experts - 1}"
+            )
+        if not self.plan.dispatch.capabilities.accepts_duplicate_ids:
+            rows = ids.sort(dim=1).values
+            if bool(((rows[:, 1:] == rows[:, :-1]) & (rows[:, 1:] >= 0)).any()):
+                raise ValueError(
+                    f"a row of topk_ids holds an id twice, which dispatch {self.plan.dispatch.name} forbids"
+                )
+
+    def _check_dispatched(self, dispatched: Dispatched) -> None:
+        """Debug mode: hold a backend to the contract of `Dispatched`."""
+        name, local = self.plan.dispatch.name, self.expert_map.num_local_experts
+        counts, batched = dispatched.tokens_per_expert, self.plan.activation_format is ActivationFormat.BATCHED
+        if batched and (counts is None or counts.dtype != torch.int32 or tuple(counts.shape) != (local,)):
+            shown = None if counts is None else (counts.dtype, tuple(counts.shape))
+            raise MoEError(f"dispatch {name}: tokens_per_expert is {shown}; the contract is int32 (E_l,) = ({local},)")
+        if not batched and (dispatched.topk_ids is None or dispatched.topk_ids.shape[0] != dispatched.x.shape[0]):
+            raise MoEError(f"dispatch {name}: standard format needs one row of topk_ids per row of x")
+        if dispatched.x.stride(-1) != 1:
+            raise MoEError(f"dispatch {name}: x has strides {dispatched.x.stride()}; the contract is unit stride in H")
+
+
+@attrs.frozen
+class _Carving:
+    """How one allocation is cut into workspaces."""
+
+    total: int
+    pieces: tuple[tuple[str, int, int, tuple[int, ...], torch.dtype], ...]
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> _Carving:
+        pieces, offset = [], 0
+        for name, (shape, dtype) in shapes.items():
+            size = dtype.itemsize
+            for extent in shape:
+                size *= extent
+            pieces.append((name, offset, offset + size, shape, dtype))
+            offset += -(-size // _ALIGNMENT) * _ALIGNMENT
+        return cls(offset, tuple(pieces))
+
+
+def _without_dropped(
+    ids: torch.Tensor, weights: torch.Tensor, hidden_states: torch.Tensor, own_expert: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Send each -1 to its row's first valid id with weight 0; a row of nothing but -1 to `own_expert`, as zeros."""
+    dropped = ids < 0
+    first = ids.gather(1, (~dropped).to(torch.int8).argmax(dim=1, keepdim=True))
+    empty = first < 0
+    ids = torch.where(dropped, torch.where(empty, own_expert, first), ids)
+    return ids, torch.where(dropped, 0.0, weights), hidden_states.masked_fill(empty, 0.0)
+
+
+def _redirect_dropped(dispatched: Dispatched) -> Dispatched:
+    """The same for experts that take no -1, after the dispatch: local ids, so the own expert is 0."""
+    assert dispatched.topk_ids is not None and dispatched.topk_weights is not None
+    ids, weights, x = _without_dropped(dispatched.topk_ids, dispatched.topk_weights, dispatched.x, 0)
+    return attrs.evolve(dispatched, x=x, topk_ids=ids, topk_weights=weights)
+
+
+_side_streams: dict[torch.device, Any] = {}
+
+
+def _on_side_stream(run: Callable[[torch.Tensor], torch.Tensor], value: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start `run(value)` on a second stream; the result waits for it and hands its output to the current stream."""
+    stream = _side_streams.get(value.device)
+    if stream is None:
+        stream = _side_streams[value.device] = torch.cuda.Stream(value.device)
+    current = torch.cuda.current_stream(value.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        result = run(value)
+    value.record_stream(stream)
+
+    def join() -> torch.Tensor:
+        current.wait_stream(stream)
+        result.record_stream(current)
+        return result
+
+    return join

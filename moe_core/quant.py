@@ -1,0 +1,104 @@
+"""Quantization schemes and the contract of a quantization method. The core itself knows one scheme: none.
+
+Shape letters: E_l local experts · H hidden · I intermediate per rank · G quantization group.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+if TYPE_CHECKING:  # a method works on a layer, which is built on top of this module
+    import torch
+
+    from moe_core.routed_experts import RoutedExperts
+
+
+class ScaleFormat(enum.Enum):
+    """How a scale is stored. A scale always means x ≈ q · scale, never its inverse."""
+
+    FP32 = "fp32"
+    UE8M0 = "ue8m0"
+    """A power of two: the byte b stands for 2^(b - 127)."""
+    E4M3 = "e4m3"
+    """An fp8 scale, under one fp32 second-level scale (NVFP4)."""
+
+
+@attrs.frozen
+class QuantSpec:
+    """How one tensor is quantized.
+
+    Attributes:
+        dtype: the element format: a torch dtype's name without "torch.", or "float4_e2m1".
+        group_shape: (rows, columns) that share a scale; -1 means the whole extent: (-1, -1) per tensor,
+            (1, -1) per row, (1, 128) per group of 128, (128, 128) per block.
+        scale_format: how the scale is stored.
+        dynamic: scales are computed from the data at run time, rather than read from the checkpoint.
+        second_level: there is one fp32 scale above the group scales.
+    """
+
+    dtype: str
+    group_shape: tuple[int, int]
+    scale_format: ScaleFormat = ScaleFormat.FP32
+    dynamic: bool = False
+    second_level: bool = False
+
+
+@attrs.frozen
+class QuantScheme:
+    """A named pair: how weights are stored, and how activations are quantized before they meet them.
+
+    Attributes:
+        name: what people type and what capability records list.
+        weight: None: weights are in the model dtype.
+        activation: None: activations are in the model dtype.
+    """
+
+    name: str
+    weight: QuantSpec | None = None
+    activation: QuantSpec | None = None
+
+
+UNQUANTIZED = QuantScheme("unquantized")
+
+
+class QuantMethod(abc.ABC):
+    """Creates, fills and packs the weights of a `RoutedExperts` in one scheme.
+
+    The order of calls is: create_weights → load_expert (any number of times) → pack_weights. Reloading is
+    load_expert → pack_weights again, into the same storage: addresses never change, because CUDA graphs hold them.
+    """
+
+    scheme: QuantScheme
+
+    @abc.abstractmethod
+    def create_weights(self, layer: RoutedExperts) -> None:
+        """Allocate storage by `layer.register_weight(name, tensor)`. The layer's own attributes are not touched."""
+
+    @abc.abstractmethod
+    def load_expert(self, layer: RoutedExperts, expert: int, name: str, tensor: torch.Tensor) -> None:
+        """Copy one local expert's checkpoint tensor into the layer's storage.
+
+        Args:
+            layer: whose weights.
+            expert: local index, 0 ≤ expert < E_l.
+            name: "gate", "up", "down", "gate_bias", …, or a scale of the scheme, such as "gate_scale".
+            tensor: this rank's slice, in the checkpoint's dtype: gate and up `[I, H]`, down `[H, I]`.
+        """
+
+    @abc.abstractmethod
+    def pack_weights(self, layer: RoutedExperts) -> None:
+        """Bring the storage into the layout that the plan's experts read (`layer.weight_layout`). Re-runnable."""
+
+    def activation_quant(self, layer: RoutedExperts) -> QuantSpec | None:
+        """How the experts are to quantize their input."""
+        return self.scheme.activation
+
+    @classmethod
+    def from_checkpoint_config(cls, config: Mapping[str, Any]) -> QuantMethod | str:
+        """Claim a checkpoint's `quantization_config` by returning a method, or decline with a reason."""
+        return f"{cls.__name__} reads no checkpoint format"

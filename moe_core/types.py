@@ -1,0 +1,309 @@
+"""Enums and the small records that pass between stages.
+
+Shape letters: T tokens on this rank · H hidden · I intermediate per rank · E experts, global · E_l local experts ·
+K top-k · R received rows · C row capacity per local expert.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import torch
+
+
+class ActivationFormat(enum.Enum):
+    """How the rows that the experts receive are laid out. The dispatch decides, the experts declare what they take."""
+
+    STANDARD = "standard"
+    """`[R, H]`, one row per token, with its ids and weights beside it."""
+    BATCHED = "batched"
+    """`[E_l, C, H]`, each expert's rows packed from row 0, with a count per expert."""
+
+
+class GateUpLayout(enum.Enum):
+    """Where gate and up stand among the 2I rows of `w13`. A gated activation always names it; there is no default."""
+
+    GATE_UP = "gate_up"
+    """Rows 0..I-1 are the gate, I..2I-1 the up projection."""
+    UP_GATE = "up_gate"
+    """Rows 0..I-1 are the up projection, I..2I-1 the gate."""
+    INTERLEAVED = "interleaved"
+    """Even rows are the gate, odd rows the up projection (gpt-oss)."""
+
+
+class ExpertPlacement(enum.Enum):
+    """Which rank holds expert e of E, on W ranks."""
+
+    LINEAR = "linear"
+    """Contiguous blocks in rank order; the first E mod W ranks hold one more."""
+    ROUND_ROBIN = "round_robin"
+    """Rank e mod W."""
+
+
+class SharedExpertsOrder(enum.Enum):
+    """When the shared experts run, relative to the routed ones."""
+
+    NONE = "none"
+    """There are no shared experts."""
+    SEQUENTIAL = "sequential"
+    """Before the routed experts, on the same stream."""
+    INTERNAL = "internal"
+    """Inside the kernel, between `finalize_start` and `finalize_receive`: hidden behind the combine."""
+    MULTI_STREAM = "multi_stream"
+    """On a stream of their own, beside the routed experts. CUDA only."""
+
+
+class RoutedScaling(enum.Enum):
+    """Who carries the routed scaling factor s."""
+
+    ON_ROUTED = "on_routed"
+    """routed · s + shared, for every dtype and with or without shared experts."""
+    INVERSE_ON_SHARED = "inverse_on_shared"
+    """routed + shared / s, for an engine that multiplies the layer's whole output by s itself (an fp16 overflow
+    convention). Only by name, and refused where there are no shared experts to carry it."""
+
+
+class Duty(enum.Enum):
+    """Work that must be done exactly once in a step. Each plan holds a ledger: duty → the one stage that owns it."""
+
+    INPUT_QUANTIZATION = "input quantization"
+    ROUTER_WEIGHT = "router weight"
+    TOPK_SUM = "top-k sum"
+    ROUTED_SCALING = "routed scaling factor"
+    EXPERT_BIAS = "expert biases"
+    ACTIVATION_CLAMP = "activation clamp"
+    CROSS_RANK_REDUCE = "cross-rank reduce"
+    PADDING = "padding"
+    UNPADDING = "unpadding"
+
+
+STANDARD_EXPERTS_DUTIES = frozenset({Duty.ROUTER_WEIGHT, Duty.TOPK_SUM, Duty.EXPERT_BIAS, Duty.ACTIVATION_CLAMP})
+"""What experts in STANDARD format own by contract: they return each row weighted and summed over its choices."""
+BATCHED_EXPERTS_DUTIES = frozenset({Duty.EXPERT_BIAS, Duty.ACTIVATION_CLAMP})
+"""What experts in BATCHED format own by contract: they return raw rows."""
+BATCHED_FINALIZE_DUTIES = frozenset({Duty.ROUTER_WEIGHT, Duty.TOPK_SUM})
+"""What a dispatch backend in BATCHED format owns by contract: its finalize weights and sums."""
+
+
+MODEL_DTYPE_PAYLOAD = "model dtype"
+"""The payload of a plan whose rows travel unquantized. Every other payload is the name of a quantization scheme."""
+
+
+@attrs.frozen
+class Availability:
+    """A probe's answer. `reason` is one line that a user can act on, empty when `ok`."""
+
+    ok: bool
+    reason: str = ""
+
+
+@attrs.frozen
+class Device:
+    """What a plan is made for. Built from a description, so that a plan can be made without the device.
+
+    Attributes:
+        type: a torch device type, "cpu" or "cuda".
+        compute_capability: (major, minor) of a CUDA device, None elsewhere.
+        name: for people and for the key of tuned tables.
+    """
+
+    type: str
+    compute_capability: tuple[int, int] | None = None
+    name: str = ""
+
+    @classmethod
+    def of(cls, device: torch.device | str) -> Device:
+        """Describe a real device (this asks the driver where the type is "cuda")."""
+        device = torch.device(device)
+        if device.type != "cuda":
+            return cls(device.type, None, device.type)
+        return cls("cuda", torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
+
+
+@attrs.define
+class Routing:
+    """A router's answer.
+
+    Attributes:
+        topk_ids: `[T, K]` int32 or int64, global expert ids; -1 = no expert.
+        topk_weights: `[T, K]` float32; the value beside a -1 is ignored.
+    """
+
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+
+
+@attrs.define
+class Dispatched:
+    """What `prepare` returns: the rows that this rank's experts work on.
+
+    Attributes:
+        x: STANDARD `[R, H]` or BATCHED `[E_l, C, H]`; unit stride in H, other strides free; never written by anyone.
+        handle: opaque to everyone but the `finalize` of the object that made it, which consumes it exactly once.
+        x_scale: scales of a quantized payload, None when `x` is in the model dtype. A scale means x ≈ q · scale.
+        topk_ids: STANDARD only, `[R, K]`, local ids or -1.
+        topk_weights: STANDARD only, `[R, K]` float32.
+        num_rows: STANDARD only, int32 `[1]` on the device: the valid prefix of R. None: every row may hold data, and
+            rows whose ids are all -1 are empty.
+        tokens_per_expert: BATCHED only, int32 `[E_l]` on the device. Rows past the count hold anything, also NaN.
+    """
+
+    x: torch.Tensor
+    handle: Any
+    x_scale: torch.Tensor | None = None
+    topk_ids: torch.Tensor | None = None
+    topk_weights: torch.Tensor | None = None
+    num_rows: torch.Tensor | None = None
+    tokens_per_expert: torch.Tensor | None = None
+
+
+@attrs.frozen(eq=False)
+class ExpertWeights:
+    """Views on one layer's weights, as experts read them. Building one copies nothing.
+
+    Attributes:
+        w13: `[E_l, 2I, H]` (or `[E_l, I, H]` without a gate); any strides, so a transposed checkpoint is a view.
+        w2: `[E_l, H, I]`; any strides.
+        gate_up_layout: where gate and up stand in the 2I rows; None without a gate.
+        w13_bias: `[E_l, 2I]` (or `[E_l, I]`), or None.
+        w2_bias: `[E_l, H]`, or None.
+        w13_scale, w2_scale: scales of packed weights in the scheme's own shape, or None. w ≈ q · scale.
+    """
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    gate_up_layout: GateUpLayout | None
+    w13_bias: torch.Tensor | None = None
+    w2_bias: torch.Tensor | None = None
+    w13_scale: torch.Tensor | None = None
+    w2_scale: torch.Tensor | None = None
+
+
+Refuse = Callable[[Any], str | None]
+"""`refuse(problem) -> reason or None`: pure, for what the fields of a capability record can't say."""
+
+Priority = int | tuple[tuple[int, int], ...]
+"""Higher wins. Experts may give `((first_row, priority), …)`, rising: another priority from that row bound on."""
+
+
+def priority_at(priority: Priority, rows: int) -> int:
+    """The priority that holds for a row bound of `rows` (an int holds everywhere)."""
+    if isinstance(priority, int):
+        return priority
+    return next((value for first, value in reversed(priority) if rows >= first), priority[0][1])
+
+
+def _not_empty(_: Any, attribute: attrs.Attribute[Any], value: frozenset[Any]) -> None:
+    if not value:
+        raise ValueError(f"{attribute.name} is empty: a backend that supports nothing here can never be selected")
+
+
+@attrs.frozen(kw_only=True)
+class DispatchCapabilities:
+    """What a dispatch backend declares. Every field defaults to "no" or to "the least"; what isn't claimed isn't used.
+
+    Attributes:
+        activation_format: the format that `prepare` produces.
+        dtypes: model dtypes that it can carry.
+        device_types: torch device types it runs on.
+        payloads: what can be on the wire: `MODEL_DTYPE_PAYLOAD` and names of quantization schemes.
+        owns: the duties (see `Duty`) that its finalize does.
+        id_dtype: the dtype that expert ids are cast to, once, before `prepare`; None: takes int32 and int64.
+        accepts_dropped_ids: takes -1. If not, the core redirects -1 to a valid id with weight 0.
+        accepts_duplicate_ids: an id may stand twice in a row; the weights add.
+        placements: expert placements it can serve.
+        needs_round_robin_routing_tables: under ROUND_ROBIN it wants physical ids, so that rank = id // E_l; the core
+            remaps. If not, it takes logical ids together with `expert_map`.
+        needs_equal_shares: every rank must hold the same number of experts.
+        min_ep_size, max_ep_size: numbers of ranks it can serve; None: no upper limit.
+        carries_tokens: tokens of one rank reach experts of another. If not, ep_size > 1 needs replicated tokens.
+        output_reduced: `finalize` already sums over the ep ranks.
+        split: the start/receive forms do real work in two halves.
+        max_in_flight: handles that may be alive at once per instance; None: any number.
+        overlap_safe: shared experts may run between start and receive, or on another stream.
+        graph_capturable, deterministic: as the words say, at every supported size.
+        max_topk, max_tokens_per_rank: upper limits; None: none.
+        hidden_sizes: the only hidden sizes it takes; None: any. A backend that pads on the wire takes any.
+        min_compute_capability: (major, minor) of CUDA devices; None: any.
+        refuse: one more pure predicate over the `Problem`, for what no field can say.
+    """
+
+    activation_format: ActivationFormat
+    dtypes: frozenset[torch.dtype] = attrs.field(validator=_not_empty)
+    device_types: frozenset[str] = attrs.field(validator=_not_empty)
+    payloads: frozenset[str] = frozenset({MODEL_DTYPE_PAYLOAD})
+    owns: frozenset[Duty] = frozenset()
+    id_dtype: torch.dtype | None = None
+    accepts_dropped_ids: bool = False
+    accepts_duplicate_ids: bool = False
+    placements: frozenset[ExpertPlacement] = frozenset({ExpertPlacement.LINEAR})
+    needs_round_robin_routing_tables: bool = False
+    needs_equal_shares: bool = False
+    min_ep_size: int = 1
+    max_ep_size: int | None = 1
+    carries_tokens: bool = False
+    output_reduced: bool = False
+    split: bool = False
+    max_in_flight: int | None = 1
+    overlap_safe: bool = False
+    graph_capturable: bool = False
+    deterministic: bool = False
+    max_topk: int | None = None
+    max_tokens_per_rank: int | None = None
+    hidden_sizes: frozenset[int] | None = None
+    min_compute_capability: tuple[int, int] | None = None
+    refuse: Refuse | None = None
+
+
+@attrs.frozen(kw_only=True)
+class ExpertsCapabilities:
+    """What an experts backend declares. Every field defaults to "no" or to "the least".
+
+    Attributes:
+        owns: the formats that it takes, each with the duties it does there (usually `STANDARD_EXPERTS_DUTIES`,
+            `BATCHED_EXPERTS_DUTIES`).
+        dtypes: model dtypes that it computes in.
+        device_types: torch device types it runs on.
+        activations: names of activation functions (see `ActivationSpec.function`).
+        gate_up_layouts: layouts of w13 that it reads; only asked where the activation has a gate.
+        ungated: runs activations without a gate.
+        clamp: honours `ActivationSpec.limit`.
+        bias: adds expert biases.
+        schemes: names of the quantization schemes it runs; a scheme is a (weight, activation) pair.
+        payloads: what it accepts from a dispatch.
+        weight_layout: the name of the layout it reads, per scheme name; a scheme not named here is read as loaded.
+        router_weight_on_input: applies the router weight to its input, for any K (K = 1 needs no backend).
+        accepts_dropped_ids, accepts_duplicate_ids: as in `DispatchCapabilities`; STANDARD only.
+        routes_internally: takes logits (`apply_from_logits`) instead of ids.
+        graph_capturable, deterministic: as the words say.
+        max_topk: upper limit; None: none.
+        hidden_alignment, intermediate_alignment: H and I must be multiples of these.
+        min_compute_capability: (major, minor) of CUDA devices; None: any.
+        refuse: one more pure predicate over the `Problem`, for what no field can say.
+    """
+
+    owns: Mapping[ActivationFormat, frozenset[Duty]]
+    dtypes: frozenset[torch.dtype] = attrs.field(validator=_not_empty)
+    device_types: frozenset[str] = attrs.field(validator=_not_empty)
+    activations: frozenset[str] = attrs.field(validator=_not_empty)
+    gate_up_layouts: frozenset[GateUpLayout] = frozenset()
+    ungated: bool = False
+    clamp: bool = False
+    bias: bool = False
+    schemes: frozenset[str] = frozenset({"unquantized"})
+    payloads: frozenset[str] = frozenset({MODEL_DTYPE_PAYLOAD})
+    weight_layout: Mapping[str, str] = attrs.field(factory=dict)
+    router_weight_on_input: bool = False
+    accepts_dropped_ids: bool = False
+    accepts_duplicate_ids: bool = False
+    routes_internally: bool = False
+    graph_capturable: bool = False
+    deterministic: bool = False
+    max_topk: int | None = None
+    hidden_alignment: int = 1
+    intermediate_alignment: int = 1
+    min_compute_capability: tuple[int, int] | None = None
+    refuse: Refuse | None = None

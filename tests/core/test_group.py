@@ -1,0 +1,57 @@
+"""`TorchGroup` on two gloo ranks, in processes of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import sys, torch, torch.distributed as dist
+from moe_core.group import TorchGroup
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+group = TorchGroup()
+assert (group.rank, group.size) == (rank, 2)
+mine = torch.full((3, 2), float(rank + 1))
+total = group.all_reduce(mine)
+assert total.eq(3).all() and mine.eq(rank + 1).all(), "out of place"
+parts = group.all_gather(torch.full((rank + 1, 2), float(rank)), sizes=[1, 2])
+assert parts[:, 0].tolist() == [0, 1, 1]
+own = group.reduce_scatter(torch.arange(6.0).view(3, 2), sizes=[1, 2])
+assert own.tolist() == ([[0, 2]] if rank == 0 else [[4, 6], [8, 10]])
+send, receive = ([1, 2], [1, 3]) if rank == 0 else ([3, 0], [2, 0])
+rows = torch.arange(float(sum(send))).view(-1, 1) + 10 * rank
+got = group.all_to_all(rows, send, receive)
+assert got.flatten().tolist() == ([0, 10, 11, 12] if rank == 0 else [1, 2])
+group.store.set(f"said by {rank}", b"x")
+assert group.store.get(f"said by {1 - rank}") == b"x"
+group.barrier()
+dist.destroy_process_group()
+print("rank done")
+"""
+
+
+def test_every_collective_gives_what_the_protocol_says(tmp_path: Path):
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in started:
+        out, err = process.communicate(timeout=100)
+        assert process.returncode == 0, err
+        assert "rank done" in out
+
+
+def test_a_group_without_a_process_group_says_what_to_do():
+    from moe_core.group import TorchGroup
+
+    with pytest.raises(RuntimeError, match=r"init_process_group.*torchrun"):
+        TorchGroup()

@@ -1,0 +1,97 @@
+"""`MoEKernel`: workspaces, ranges of row bounds, and the contract that debug mode holds backends to."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+import torch
+
+from moe_core import MoEError, Routing
+from moe_core.interfaces import Experts
+
+H, E = 24, 6
+
+
+def step(runner, rows):
+    ids = torch.arange(rows * 2).view(rows, 2) % E
+    return runner.kernel(torch.randn(rows, H), Routing(ids, torch.rand(rows, 2)), runner.routed_experts.weights)[0]
+
+
+class Probe(Experts):
+    """Writes its own number, and looks at what it was given."""
+
+    def __init__(self, number, shapes=None):
+        self.number, self.shapes, self.seen = number, shapes or {}, []
+
+    def workspace_shapes(self, rows, activation_format):
+        return {name: ((rows, *shape), dtype) for name, (shape, dtype) in self.shapes.items()}
+
+    def apply(self, dispatched, weights, workspaces, out):
+        self.seen.append(workspaces)
+        out.fill_(self.number)
+
+
+def register(plugin, backend, **experts):
+    _, capabilities = backend("experts", "torch")
+    for name, (made, priority) in experts.items():
+        plugin(name, experts=(name, lambda *_, made=made: made, capabilities, lambda: _ok(), priority))
+
+
+def _ok():
+    from moe_core import Availability
+
+    return Availability(True)
+
+
+def test_the_experts_are_chosen_by_the_row_bound(config, build, plugin, backend):
+    register(plugin, backend, few=(Probe(1.0), ((0, 1000), (4, 10))), many=(Probe(2.0), ((0, 10), (4, 1000))))
+    runner = build(config())
+    assert [(r.first_row, r.candidate.name) for r in runner.plan.ranges] == [(0, "few"), (4, "many")]
+    assert [step(runner, rows)[0, 0].item() for rows in (1, 3, 4, 9)] == [1, 1, 2, 2]
+
+
+def test_workspaces_are_carved_exactly_from_one_aligned_allocation(config, build, plugin, backend):
+    probe = Probe(0.0, {"a": ((3,), torch.float32), "b": ((), torch.int32), "c": ((5, 2), torch.bfloat16)})
+    register(plugin, backend, probe=(probe, 1000))
+    runner = build(config())
+    step(runner, 7)
+    spaces = probe.seen[0]
+    assert {name: (tuple(t.shape), t.dtype) for name, t in spaces.items()} == {
+        "a": ((7, 3), torch.float32),
+        "b": ((7,), torch.int32),
+        "c": ((7, 5, 2), torch.bfloat16),
+    }
+    assert len({t.untyped_storage().data_ptr() for t in spaces.values()}) == 1
+    assert all(t.storage_offset() * t.element_size() % 256 == 0 for t in spaces.values())
+    assert runner.kernel.workspace_bytes(7) == spaces["a"].untyped_storage().nbytes()
+    for tensor in spaces.values():
+        tensor.fill_(-1)
+    assert all(t.eq(-1).all() for t in spaces.values()), "they do not overlap"
+
+
+def test_experts_are_not_called_without_rows(config, build, plugin, backend):
+    probe = Probe(3.0)
+    register(plugin, backend, probe=(probe, 1000))
+    assert tuple(step(build(config()), 0).shape) == (0, H)
+    assert probe.seen == []
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda d: attrs.evolve(d, topk_ids=None), "standard format needs one row of topk_ids per row of x"),
+        (lambda d: attrs.evolve(d, x=d.x.t().contiguous().t()), "the contract is unit stride in H"),
+    ],
+)
+def test_debug_mode_holds_a_dispatch_to_the_contract(config, build, plugin, backend, broken, message):
+    factory, capabilities = backend("dispatch", "local")
+
+    def make(*arguments):
+        made = factory(*arguments)
+        original = made.prepare
+        made.prepare = lambda *a, **k: broken(original(*a, **k))
+        return made
+
+    plugin(dispatch=("broken", make, capabilities))
+    with pytest.raises(MoEError, match=f"dispatch broken: .*{message}"):
+        step(build(config(debug=True), dispatch="broken"), 3)
