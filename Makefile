@@ -10,7 +10,7 @@ INSTALLED = $(VENV)/installed
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 EXTRAS := triton,hf,cli,testing,dev
 # A folder named `interpreted` runs in a process of its own: Triton reads TRITON_INTERPRET when it is imported.
-INTERPRETED := $(wildcard tests/ops/interpreted plugins/*/tests/interpreted)
+INTERPRETED := $(sort $(dir $(wildcard tests/ops/interpreted/test_*.py plugins/*/tests/interpreted/test_*.py)))
 MARKS := not full
 
 .DEFAULT_GOAL := help

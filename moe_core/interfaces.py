@@ -84,7 +84,8 @@ class PrepareAndFinalize(abc.ABC):
             routing: ids `[T, K]` in the declared `id_dtype`, already physical where the backend wants tables;
                 -1 = none, if it accepts that. Weights `[T, K]` float32.
             num_experts: E, global.
-            expert_map: int32 `[E]` on the device, id → local index on this rank or -1; None: this rank holds all.
+            expert_map: int32 `[E]` on the device, id → local index on this rank or -1. None: this rank holds all, or
+                the ids are physical already.
             payload: what goes over the wire: `plan.payload`.
 
         Returns:
@@ -195,6 +196,7 @@ class Router(abc.ABC):
         Args:
             router_logits: `[T, E]` in any floating dtype.
             correction_bias: `[E]` float32, added to the scores for choosing only (DeepSeek-V3), or None.
+                A router that has no use for one raises `ValueError`.
 
         Returns:
             ids `[T, K]` and weights `[T, K]` float32, both new tensors.

@@ -62,6 +62,10 @@ class MoEKernel:
         own = self.expert_map.local_experts
         self._own_expert = parallel.ep_rank * len(own) if self._maps_to_physical else own[0]
         self._weight_on_input = config.router_weight_on_input and config.top_k == 1
+        # a first step may be a graph capture, and a table made inside one would be lost: make them now
+        self.expert_map.expert_map(plan.problem.device.type)
+        if self._maps_to_physical:
+            self.expert_map.global_to_physical(plan.problem.device.type)
         self._in_flight = 0
         self._carvings: dict[tuple[int, int], _Carving] = {}
 

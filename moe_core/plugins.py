@@ -62,7 +62,7 @@ class PluginRecord:
     status: PluginStatus = PluginStatus.LOADED
     reason: str = ""
     registers: tuple[str, ...] = ()
-    error: Exception | None = attrs.field(default=None, repr=False)
+    error: BaseException | None = attrs.field(default=None, repr=False)
 
     @property
     def label(self) -> str:
@@ -291,7 +291,7 @@ class PluginLoader:
             self._manager.check_pending()  # a misspelt hook would else be accepted and never called
             registrar.call_hooks(self._manager, module)
             registrar.commit()
-        except Exception as error:  # noqa: BLE001 - isolation: whatever a plugin does wrong, the others load
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - isolation: whatever a plugin does, the others load
             record.status, record.error, record.registers = PluginStatus.FAILED, error, ()
             record.reason = _failure(record, error)
             if module is not None and self._manager.is_registered(module):
@@ -299,7 +299,7 @@ class PluginLoader:
         return registrar
 
 
-def _failure(record: PluginRecord, error: Exception) -> str:
+def _failure(record: PluginRecord, error: BaseException) -> str:
     if isinstance(error, PluginError):
         return str(error)
     if isinstance(error, pluggy.PluginValidationError):

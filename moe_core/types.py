@@ -167,7 +167,8 @@ class ExpertWeights:
     Attributes:
         w13: `[E_l, 2I, H]` (or `[E_l, I, H]` without a gate); any strides, so a transposed checkpoint is a view.
         w2: `[E_l, H, I]`; any strides.
-        gate_up_layout: where gate and up stand in the 2I rows; None without a gate.
+        gate_up_layout: where gate and up stand in the 2I rows as they are stored now (packing may have moved them, so
+            this and not the `ActivationSpec` tells an experts backend); None without a gate.
         w13_bias: `[E_l, 2I]` (or `[E_l, I]`), or None.
         w2_bias: `[E_l, H]`, or None.
         w13_scale, w2_scale: scales of packed weights in the scheme's own shape, or None. w ≈ q · scale.

@@ -388,6 +388,16 @@ def test_rule_12_reload_writes_into_the_same_storage(config, build):
     assert runner.routed_experts.weights.w2.data_ptr() == addresses["w2"]
 
 
+def test_rule_13_the_routed_output_is_unpadded_before_anything_is_added(config, build):
+    shared = torch.nn.Linear(H, H).requires_grad_(False)
+    plain, padded = (
+        build(config(padded_hidden_size=p, has_shared_experts=True), shared_experts=shared) for p in (None, 40)
+    )
+    x, logits = tokens(), torch.randn(5, E)
+    close(padded(x, logits), plain(x, logits))
+    assert {Duty.PADDING, Duty.UNPADDING} <= set(padded.plan.owners)
+
+
 def test_rule_14_fp16_carries_the_routed_scale(config, build):
     one, two = (build(config(dtype=torch.float16, routed_scaling_factor=s)) for s in (1.0, 2.0))
     x, logits = tokens().half(), torch.randn(5, E)

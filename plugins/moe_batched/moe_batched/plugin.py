@@ -1,0 +1,52 @@
+"""What moe-batched declares to moe-core. The implementation is imported when a plan that uses it is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from moe_core.config import MODEL_DTYPES, MoEConfig, MoEParallelConfig, Problem
+from moe_core.hookspecs import hookimpl
+from moe_core.types import BATCHED_FINALIZE_DUTIES, ActivationFormat, DispatchCapabilities, ExpertPlacement
+
+moe_core_api = (1, 0)
+
+
+def _refuse(problem: Problem) -> str | None:
+    parallel = problem.parallel
+    if parallel.ep_size > 1 and not parallel.tokens_are_replicated:
+        return (
+            f"ep_size = {parallel.ep_size} with tokens of each rank's own (dp_size = {parallel.dp_size}, sp_size = "
+            f"{parallel.sp_size}): the all-to-all form of batched isn't there yet, only replicated tokens"
+        )
+    return None
+
+
+BATCHED = DispatchCapabilities(
+    activation_format=ActivationFormat.BATCHED,
+    dtypes=frozenset(MODEL_DTYPES),
+    device_types=frozenset({"cpu", "cuda"}),
+    owns=BATCHED_FINALIZE_DUTIES,
+    accepts_dropped_ids=True,
+    accepts_duplicate_ids=True,
+    placements=frozenset(ExpertPlacement),
+    max_ep_size=None,
+    max_in_flight=None,
+    overlap_safe=True,
+    graph_capturable=True,
+    deterministic=True,
+    refuse=_refuse,
+)
+
+
+def _make(config: MoEConfig, parallel: MoEParallelConfig, scheme: Any, group: Any, placement: Any) -> Any:
+    from moe_batched.prepare_finalize import BatchedPrepareAndFinalize  # noqa: PLC0415 - only when it is used
+
+    num_local_experts = Problem(config=config, parallel=parallel).num_local_experts
+    return BatchedPrepareAndFinalize(num_local_experts, max_tokens=config.max_tokens_per_rank)
+
+
+@hookimpl
+def moe_core_register_prepare_finalize(register: Callable[..., None]) -> None:
+    # Below `local`: on one rank this is for experts that want the format, not for speed.
+    register("batched", _make, BATCHED, priority=-10)

@@ -1,0 +1,183 @@
+"""Tokens to `[E_l, C, H]` and back, on one rank.
+
+Shape letters: T tokens on this rank · H hidden · E experts, global · E_l local experts · K top-k · C row capacity per
+local expert.
+"""
+
+from __future__ import annotations
+
+import attrs
+import torch
+
+from moe_core.errors import CapacityError, MoEError
+from moe_core.interfaces import PrepareAndFinalize
+from moe_core.types import MODEL_DTYPE_PAYLOAD, Dispatched, Routing
+
+
+@attrs.define
+class BatchedHandle:
+    """Where every choice went.
+
+    Attributes:
+        place: int64 `[T, K]`, e · C + slot in the flattened `[E_l · C, H]`; E_l · C where the choice has no row.
+        kept: bool `[T, K]`, the choice has a row.
+        consumed: `finalize` or `release` has had it.
+    """
+
+    place: torch.Tensor
+    kept: torch.Tensor
+    consumed: bool = False
+
+
+class BatchedPrepareAndFinalize(PrepareAndFinalize):
+    """BATCHED format: each local expert's rows packed from slot 0, in ascending order of tokens.
+
+    All bookkeeping is done by tensors on the device of the tokens: no loop over experts and, on a GPU, no value read
+    back. Equal ids in a row share one slot, and their weights add up. Choices of other ranks' experts and -1 get none.
+
+    Args:
+        num_local_experts: E_l.
+        max_tokens: upper bound of T. C is then always this, so that every step has the same shapes; None: C = T.
+        capacity: an explicit C, which may be smaller than T. Rows beyond it are an error: on a CPU at once, on a
+            GPU they are dropped, counted in `status`, and raised by `check`.
+    """
+
+    def __init__(self, num_local_experts: int, *, max_tokens: int | None = None, capacity: int | None = None) -> None:
+        for name, value in (("max_tokens", max_tokens), ("capacity", capacity)):
+            if value is not None and value < 1:
+                raise ValueError(f"BatchedPrepareAndFinalize: {name} = {value}; legal values: None, or int >= 1")
+        self.num_local_experts = num_local_experts
+        self.max_tokens = max_tokens
+        self.capacity = capacity
+        self.status: torch.Tensor | None = None
+        """int32 `[1]`: rows dropped since the last `check`. Exists on a GPU once a step had fewer slots than tokens."""
+
+    def prepare(
+        self,
+        hidden_states: torch.Tensor,
+        routing: Routing,
+        *,
+        num_experts: int,
+        expert_map: torch.Tensor | None,
+        payload: str,
+    ) -> Dispatched:
+        """See `PrepareAndFinalize.prepare`; `x` is `[E_l, C, H]`, rows past the counts are uninitialised.
+
+        Raises:
+            CapacityError: T is above `max_tokens`, or (on a CPU) an expert got more rows than `capacity`.
+        """
+        if payload != MODEL_DTYPE_PAYLOAD:
+            raise MoEError(f"dispatch batched was given payload = {payload!r}; it carries only {MODEL_DTYPE_PAYLOAD!r}")
+        tokens = hidden_states.shape[0]
+        capacity = self._row_capacity(tokens)
+        ids = routing.topk_ids.long()
+        if expert_map is not None:
+            # As an index, -1 would mean the last expert: it is replaced before the table is read and put back after.
+            ids = torch.where(ids < 0, -1, expert_map[ids.clamp(min=0)].long())
+        position, counts = self._positions(ids)
+        if capacity < tokens:
+            self._note_overflow(counts, capacity)
+            counts = counts.clamp(max=capacity)
+        kept = (ids >= 0) & (position < capacity)
+        nowhere = self.num_local_experts * capacity
+        place = torch.where(kept, ids * capacity + position, nowhere)
+        buffer = self._allocate(nowhere + 1, hidden_states)
+        for k in range(place.shape[1]):  # K writes of [T, H]: one write would need the tokens K times over
+            buffer.index_copy_(0, place[:, k], hidden_states)
+        x = buffer[:nowhere].view(self.num_local_experts, capacity, hidden_states.shape[1])
+        return Dispatched(x=x, handle=BatchedHandle(place, kept), tokens_per_expert=counts)
+
+    def finalize(self, expert_out: torch.Tensor, handle: object, routing: Routing, out: torch.Tensor) -> None:
+        """Weigh and sum in fp32, in the order of K, and round once.
+
+        Args:
+            expert_out: `[E_l, C, H]`, raw rows; those past the counts may hold NaN.
+            handle: of one `prepare` of this object; consumed.
+            routing: the one that `prepare` was given.
+            out: `[T, H]`, written whole; tokens without a row get zeros.
+        """
+        if not isinstance(handle, BatchedHandle) or handle.consumed:
+            used = "one that was consumed" if isinstance(handle, BatchedHandle) else repr(handle)
+            raise MoEError(f"dispatch batched: finalize got {used}; it takes the handle of one prepare, exactly once")
+        handle.consumed = True
+        if out.numel() == 0:
+            return
+        rows = expert_out.flatten(0, 1)
+        # A choice without a row reads row 0, and what it reads is replaced: NaN · 0 would be NaN.
+        place = handle.place.masked_fill(~handle.kept, 0)
+        weights = routing.topk_weights.masked_fill(~handle.kept, 0.0)
+        total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+        for k in range(place.shape[1]):
+            term = rows.index_select(0, place[:, k]).float().masked_fill_(~handle.kept[:, k : k + 1], 0.0)
+            total.addcmul_(term, weights[:, k : k + 1])
+        out.copy_(total)
+
+    def release(self, handle: object) -> None:
+        """An exception came between `prepare` and `finalize`: no buffer is pooled, so only the handle is closed."""
+        if isinstance(handle, BatchedHandle):
+            handle.consumed = True
+
+    def check(self) -> None:
+        """Raise for rows that were dropped on a GPU since the last call. Waits for the device.
+
+        Raises:
+            CapacityError: with the number of rows.
+        """
+        if self.status is None or not (dropped := int(self.status)):
+            return
+        self.status.zero_()
+        raise CapacityError(
+            f"dispatch batched: {dropped} rows did not fit into capacity = {self.capacity} per expert and were "
+            "dropped, so results since the last check are wrong; raise the capacity (T is always enough)"
+        )
+
+    def _row_capacity(self, tokens: int) -> int:
+        """C for a step of T tokens."""
+        if self.max_tokens is not None and tokens > self.max_tokens:
+            raise CapacityError(
+                f"dispatch batched: T = {tokens} tokens, but max_tokens_per_rank = {self.max_tokens} sized the "
+                "buffers; raise it in MoEConfig, or pass fewer tokens a step"
+            )
+        return self.capacity or self.max_tokens or tokens
+
+    def _positions(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slot of every choice within its expert, and the rows of each expert.
+
+        Args:
+            ids: int64 `[T, K]`, local, -1 = none.
+
+        Returns:
+            int64 `[T, K]`, 0 .. T - 1, of no meaning where the id is -1; and int32 `[E_l]`, before any capacity.
+        """
+        tokens = ids.shape[0]
+        if not tokens:
+            return ids, torch.zeros(self.num_local_experts, dtype=torch.int32, device=ids.device)
+        # A column more takes the -1, so that none of the others is touched.
+        chosen = torch.zeros(tokens, self.num_local_experts + 1, dtype=torch.bool, device=ids.device)
+        chosen.scatter_(1, torch.where(ids < 0, self.num_local_experts, ids), True)
+        rank = chosen[:, :-1].cumsum(dim=0, dtype=torch.int32)  # tokens up to and with this one that chose the expert
+        return rank.gather(1, ids.clamp(min=0)).long() - 1, rank[-1].contiguous()
+
+    def _allocate(self, rows: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[rows, H]`, uninitialised, for what goes to the experts; the last row takes what goes nowhere.
+
+        The one place that knows the payload: a quantized one gets its dtype here, and its scales beside it.
+        """
+        return torch.empty(rows, hidden_states.shape[1], dtype=hidden_states.dtype, device=hidden_states.device)
+
+    def _note_overflow(self, counts: torch.Tensor, capacity: int) -> None:
+        """Raise where values are on the host, count where they are not. `counts`: int32 `[E_l]`."""
+        if counts.device.type == "cpu":
+            worst = int(counts.argmax())
+            if int(counts[worst]) > capacity:
+                raise CapacityError(
+                    f"dispatch batched: local expert {worst} got {int(counts[worst])} rows, capacity = {capacity}; "
+                    "raise the capacity (T is always enough)"
+                )
+        else:
+            self._count_overflow(counts, capacity)
+
+    def _count_overflow(self, counts: torch.Tensor, capacity: int) -> None:
+        if self.status is None or self.status.device != counts.device:
+            self.status = torch.zeros(1, dtype=torch.int32, device=counts.device)
+        self.status += (counts - capacity).clamp(min=0).sum(dtype=torch.int32)
