@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the table's rows are made in select.py; an error only carries them
-    from moe_core.select import PairReport
+from moe_core.types import PairReport
 
 
 class MoEError(Exception):

@@ -8,14 +8,10 @@ from __future__ import annotations
 import abc
 import enum
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import attrs
-
-if TYPE_CHECKING:  # a method works on a layer, which is built on top of this module
-    import torch
-
-    from moe_core.routed_experts import RoutedExperts
+import torch
 
 
 class ScaleFormat(enum.Enum):
@@ -66,6 +62,32 @@ class QuantScheme:
 UNQUANTIZED = QuantScheme("unquantized")
 
 
+class WeightsOwner(Protocol):
+    """What a quantization method sees of the layer whose weights it makes (`RoutedExperts` is one).
+
+    Attributes:
+        config: the layer's `MoEConfig`.
+        num_local_experts: E_l.
+        hidden_size: H as the weights are stored, padding included.
+        intermediate_size: I of this rank.
+        device: where the weights live.
+        weight_layout: what the plan's experts read, to be made by `pack_weights`.
+    """
+
+    config: Any  # config.py stands on this module
+    num_local_experts: int
+    hidden_size: int
+    intermediate_size: int
+    device: torch.device
+    weight_layout: str
+
+    def register_weight(self, name: str, tensor: torch.Tensor) -> None:
+        """Give a tensor into the layer's care, under a name of `ExpertWeights`."""
+
+    def get_parameter(self, target: str) -> torch.nn.Parameter:
+        """A registered weight; write into its `.data`, never re-bind it."""
+
+
 class QuantMethod(abc.ABC):
     """Creates, fills and packs the weights of a `RoutedExperts` in one scheme.
 
@@ -76,11 +98,11 @@ class QuantMethod(abc.ABC):
     scheme: QuantScheme
 
     @abc.abstractmethod
-    def create_weights(self, layer: RoutedExperts) -> None:
+    def create_weights(self, layer: WeightsOwner) -> None:
         """Allocate storage by `layer.register_weight(name, tensor)`. The layer's own attributes are not touched."""
 
     @abc.abstractmethod
-    def load_expert(self, layer: RoutedExperts, expert: int, name: str, tensor: torch.Tensor) -> None:
+    def load_expert(self, layer: WeightsOwner, expert: int, name: str, tensor: torch.Tensor) -> None:
         """Copy one local expert's checkpoint tensor into the layer's storage.
 
         Args:
@@ -91,10 +113,10 @@ class QuantMethod(abc.ABC):
         """
 
     @abc.abstractmethod
-    def pack_weights(self, layer: RoutedExperts) -> None:
+    def pack_weights(self, layer: WeightsOwner) -> None:
         """Bring the storage into the layout that the plan's experts read (`layer.weight_layout`). Re-runnable."""
 
-    def activation_quant(self, layer: RoutedExperts) -> QuantSpec | None:
+    def activation_quant(self, layer: WeightsOwner) -> QuantSpec | None:
         """How the experts are to quantize their input."""
         return self.scheme.activation
 

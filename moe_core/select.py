@@ -23,6 +23,8 @@ from moe_core.types import (
     DispatchCapabilities,
     Duty,
     ExpertsCapabilities,
+    PairReport,
+    Rejection,
     SharedExpertsOrder,
     priority_at,
 )
@@ -31,38 +33,6 @@ DispatchCandidate = Candidate[DispatchCapabilities]
 ExpertsCandidate = Candidate[ExpertsCapabilities]
 
 CANONICAL_LAYOUT = "canonical"
-
-
-@attrs.frozen
-class Rejection:
-    """Why one candidate of a pair can't be used. `candidate` is "dispatch x", "experts y" or "pair"."""
-
-    candidate: str
-    reason: str
-
-
-@attrs.frozen
-class PairReport:
-    """One row of the table: a pair and what came of it.
-
-    Attributes:
-        dispatch, experts: names.
-        priority: (dispatch priority, experts priority), the order in which pairs are walked.
-        rejections: all reasons against it; empty: it could run.
-        chosen: it runs. A pair without rejections that isn't chosen lost by priority.
-    """
-
-    dispatch: str
-    experts: str
-    priority: tuple[int, int]
-    rejections: tuple[Rejection, ...] = ()
-    chosen: bool = False
-
-    @property
-    def verdict(self) -> str:
-        if self.chosen:
-            return "chosen"
-        return "refused" if self.rejections else "outranked"
 
 
 @attrs.frozen

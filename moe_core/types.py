@@ -183,6 +183,38 @@ class ExpertWeights:
     w2_scale: torch.Tensor | None = None
 
 
+@attrs.frozen
+class Rejection:
+    """Why one candidate of a pair can't be used. `candidate` is "dispatch x", "experts y" or "pair"."""
+
+    candidate: str
+    reason: str
+
+
+@attrs.frozen
+class PairReport:
+    """One row of the table: a pair and what came of it.
+
+    Attributes:
+        dispatch, experts: names.
+        priority: (dispatch priority, experts priority), the order in which pairs are walked.
+        rejections: all reasons against it; empty: it could run.
+        chosen: it runs. A pair without rejections that isn't chosen lost by priority.
+    """
+
+    dispatch: str
+    experts: str
+    priority: tuple[int, int]
+    rejections: tuple[Rejection, ...] = ()
+    chosen: bool = False
+
+    @property
+    def verdict(self) -> str:
+        if self.chosen:
+            return "chosen"
+        return "refused" if self.rejections else "outranked"
+
+
 Refuse = Callable[[Any], str | None]
 """`refuse(problem) -> reason or None`: pure, for what the fields of a capability record can't say."""
 

@@ -5,12 +5,10 @@ Shape letters: E_l local experts · H hidden · I intermediate per rank.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from moe_core.errors import CheckpointError
-from moe_core.quant import UNQUANTIZED, QuantMethod
+from moe_core.quant import UNQUANTIZED, QuantMethod, WeightsOwner
 from moe_core.types import GateUpLayout
 
 _PARTS = ("gate", "up", "down")
@@ -21,7 +19,7 @@ class UnquantizedMethod(QuantMethod):
 
     scheme = UNQUANTIZED
 
-    def create_weights(self, layer: Any) -> None:
+    def create_weights(self, layer: WeightsOwner) -> None:
         experts, hidden, inner = layer.num_local_experts, layer.hidden_size, layer.intermediate_size
         activation = layer.config.activation
         rows = 2 * inner if activation.gated else inner
@@ -32,7 +30,7 @@ class UnquantizedMethod(QuantMethod):
             # zeros, not empty: rows and columns that pad H must be zero, and stay so
             layer.register_weight(name, torch.zeros(shape, dtype=layer.config.dtype, device=layer.device))
 
-    def load_expert(self, layer: Any, expert: int, name: str, tensor: torch.Tensor) -> None:
+    def load_expert(self, layer: WeightsOwner, expert: int, name: str, tensor: torch.Tensor) -> None:
         target = self._target(layer, expert, name)
         inner, hidden = layer.intermediate_size, layer.config.hidden_size
         shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
@@ -43,7 +41,7 @@ class UnquantizedMethod(QuantMethod):
             raise CheckpointError(f"expert tensor {name!r} has shape {tuple(tensor.shape)}; expected {expected}")
         target[tuple(slice(extent) for extent in expected)].copy_(tensor)
 
-    def _target(self, layer: Any, expert: int, name: str) -> torch.Tensor:
+    def _target(self, layer: WeightsOwner, expert: int, name: str) -> torch.Tensor:
         """The part of the layer's storage that a checkpoint tensor goes to."""
         part, bias = name.removesuffix("_bias"), name.endswith("_bias")
         layout = layer.config.activation.gate_up_layout
@@ -55,7 +53,7 @@ class UnquantizedMethod(QuantMethod):
         if part == "gate" and layout is None:
             raise CheckpointError(f"expert tensor {name!r}, but the layer's activation has no gate")
         suffix = "_bias" if bias else ""
-        whole: torch.Tensor = getattr(layer, ("w2" if part == "down" else "w13") + suffix).data[expert]
+        whole: torch.Tensor = layer.get_parameter(("w2" if part == "down" else "w13") + suffix).data[expert]
         if part == "down" or layout is None:
             return whole
         if layout is GateUpLayout.INTERLEAVED:
@@ -64,5 +62,5 @@ class UnquantizedMethod(QuantMethod):
         first = (part == "gate") == (layout is GateUpLayout.GATE_UP)
         return whole[:inner] if first else whole[inner:]
 
-    def pack_weights(self, layer: Any) -> None:
+    def pack_weights(self, layer: WeightsOwner) -> None:
         """Nothing to do: experts read this layout as it is."""

@@ -106,7 +106,10 @@ class TestSoftmax:
             zero_expert_num=0,
             routed_scaling_factor=1.0,
         )
-        logits, weights, ids = model(tokens(num_tokens))
+        answer = model(tokens(num_tokens))
+        if len(answer) != 3:
+            pytest.skip("the router of this transformers returns no logits")
+        logits, weights, ids = answer
         ours = build("softmax", num_experts, top_k).select_experts(logits, model.e_score_correction_bias)
         assert_equal(ours, ids, weights)
 
