@@ -60,8 +60,8 @@ def plan(
     )
     return select(
         problem,
-        [_probed(candidate) for candidate in found.dispatch.values()],
-        [_probed(candidate) for candidate in found.experts.values()],
+        [probed(candidate) for candidate in found.dispatch.values()],
+        [probed(candidate) for candidate in found.experts.values()],
         dispatch=dispatch,
         experts=experts,
     )
@@ -141,7 +141,8 @@ def _device(device: torch.device | str | Device | None) -> Device:
     return Device.of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _probed(candidate: Candidate[CapabilitiesT]) -> Candidate[CapabilitiesT]:
+def probed(candidate: Candidate[CapabilitiesT]) -> Candidate[CapabilitiesT]:
+    """The candidate with its probe's answer, as `select` wants it."""
     try:
         availability = candidate.probe()
     except Exception as error:  # noqa: BLE001 - a probe that raises is that backend's reason, nobody else's crash

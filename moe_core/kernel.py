@@ -31,6 +31,8 @@ from moe_core.types import (
 
 _ALIGNMENT = 256
 """Bytes. Workspaces start at multiples of this: enough for any vector load and for TMA descriptors."""
+_MAX_CARVINGS = 1024
+"""Row counts whose workspaces are remembered; serving meets few, a prefill of every length should not pile up."""
 
 
 @attrs.define
@@ -171,7 +173,7 @@ class MoEKernel:
         self.prepare_finalize.check()
 
     def workspace_bytes(self, rows: int) -> int:
-        """Scratch memory of a step at a row bound, in bytes: exactly what the step allocates."""
+        """The workspaces of a step at a row bound, in bytes: exactly what the kernel allocates for its experts."""
         return self._carving(bisect.bisect_right(self._first_rows, rows) - 1, rows).total
 
     def _release(self, flight: Flight) -> None:
@@ -205,6 +207,8 @@ class MoEKernel:
     def _carving(self, index: int, rows: int) -> _Carving:
         key = (index, rows)
         if key not in self._carvings:
+            if len(self._carvings) >= _MAX_CARVINGS:
+                self._carvings.clear()
             shapes = self.experts[index].workspace_shapes(rows, self.plan.activation_format)
             self._carvings[key] = _Carving.of(shapes)
         return self._carvings[key]

@@ -1,0 +1,60 @@
+"""Batched dispatch on a CUDA device: captured once, replayed on other routings, and never waiting for the device.
+
+Shape letters: T tokens · H hidden · E_l local experts · K top-k · C row capacity per local expert.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_batched.prepare_finalize import BatchedPrepareAndFinalize
+from moe_core.errors import CapacityError
+from moe_core.types import MODEL_DTYPE_PAYLOAD, Routing
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def step(backend: BatchedPrepareAndFinalize, x: torch.Tensor, routing: Routing, out: torch.Tensor) -> torch.Tensor:
+    """Dispatch and combine with experts that do nothing: `out[t]` = `x[t]` times the sum of its weights."""
+    d = backend.prepare(x, routing, num_experts=4, expert_map=None, payload=MODEL_DTYPE_PAYLOAD)
+    backend.finalize(d.x, d.handle, routing, out)
+    assert d.tokens_per_expert is not None
+    return d.tokens_per_expert
+
+
+def test_a_captured_step_follows_the_routing() -> None:
+    backend, x, out = BatchedPrepareAndFinalize(4), torch.randn(9, 8, device="cuda"), torch.empty(9, 8, device="cuda")
+    routing = Routing(torch.randint(-1, 4, (9, 2), device="cuda"), torch.rand(9, 2, device="cuda"))
+    step(backend, x, routing, out)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(backend, x, routing, out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        counts = step(backend, x, routing, out)
+    for _ in range(3):
+        x.normal_()
+        routing.topk_ids.copy_(torch.randint(-1, 4, (9, 2)))
+        out.fill_(float("nan"))
+        graph.replay()
+        weight = routing.topk_weights.masked_fill(routing.topk_ids < 0, 0).sum(dim=1, keepdim=True)
+        torch.testing.assert_close(out, x * weight)
+        chosen = [sum(e in row for row in routing.topk_ids.tolist()) for e in range(4)]
+        assert counts.tolist() == chosen
+
+
+def test_overflow_is_counted_and_raised_by_check() -> None:
+    backend, x = BatchedPrepareAndFinalize(4, capacity=3), torch.randn(5, 8, device="cuda")
+    routing = Routing(torch.zeros(5, 1, dtype=torch.int64, device="cuda"), torch.ones(5, 1, device="cuda"))
+    out = torch.empty_like(x)
+    step(backend, x, routing, out)
+    torch.testing.assert_close(out, torch.cat([x[:3], torch.zeros(2, 8, device="cuda")]))
+    with pytest.raises(CapacityError, match="2 rows did not fit into capacity = 3"):
+        backend.check()
+    backend.check()
