@@ -55,7 +55,7 @@ def plan(
         config=config,
         parallel=parallel or MoEParallelConfig(),
         scheme=_scheme(scheme),
-        device=_device(device),
+        device=device_of(device),
         routing_is_external=routing_is_external,
     )
     return select(
@@ -105,7 +105,7 @@ def build_runner(
     ranks = max(parallel.ep_size, parallel.tp_size)
     if ranks > 1 and group is None:
         raise MoEError(f"this layer is spread over {ranks} ranks, and group is None: pass the ranks' Group")
-    target = torch.device(_device(device).type if device is None else device)
+    target = torch.device(device_of(device).type if device is None else device)
     replan = functools.partial(
         plan, config, parallel=parallel, dispatch=dispatch, experts=experts, device=Device.of(target)
     )
@@ -135,7 +135,8 @@ def _scheme(scheme: QuantScheme | str | None) -> QuantScheme:
     return scheme or UNQUANTIZED
 
 
-def _device(device: torch.device | str | Device | None) -> Device:
+def device_of(device: torch.device | str | Device | None) -> Device:
+    """A device's description; None: "cuda" where there is one, else "cpu"."""
     if isinstance(device, Device):
         return device
     return Device.of(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,0 +1,1 @@
+"""Bridges to other libraries. Each one is imported by its user, never by the core."""
