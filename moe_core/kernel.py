@@ -202,7 +202,11 @@ class MoEKernel:
         if not carving.total:
             return {}
         storage = torch.empty(carving.total, dtype=torch.uint8, device=device)
-        return {name: storage[start:end].view(dtype).view(shape) for name, start, end, shape, dtype in carving.pieces}
+        typed = {dtype: storage.view(dtype) for dtype in carving.dtypes}
+        return {
+            name: typed[dtype].as_strided(shape, strides, offset)  # one operator a piece: this is on every step
+            for name, dtype, shape, strides, offset in carving.pieces
+        }
 
     def _carving(self, index: int, rows: int) -> _Carving:
         key = (index, rows)
@@ -249,21 +253,29 @@ class MoEKernel:
 
 @attrs.frozen
 class _Carving:
-    """How one allocation is cut into workspaces."""
+    """How one allocation is cut into workspaces.
+
+    Attributes:
+        total: bytes.
+        dtypes: each that occurs, once.
+        pieces: (name, dtype, shape, strides, offset in elements of that dtype).
+    """
 
     total: int
-    pieces: tuple[tuple[str, int, int, tuple[int, ...], torch.dtype], ...]
+    dtypes: tuple[torch.dtype, ...]
+    pieces: tuple[tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...], int], ...]
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> _Carving:
         pieces, offset = [], 0
         for name, (shape, dtype) in shapes.items():
-            size = dtype.itemsize
-            for extent in shape:
+            strides, size = [], 1
+            for extent in reversed(shape):
+                strides.append(size)
                 size *= extent
-            pieces.append((name, offset, offset + size, shape, dtype))
-            offset += -(-size // _ALIGNMENT) * _ALIGNMENT
-        return cls(offset, tuple(pieces))
+            pieces.append((name, dtype, shape, tuple(reversed(strides)), offset // dtype.itemsize))
+            offset += -(-size * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        return cls(offset, tuple({dtype for _, dtype in shapes.values()}), tuple(pieces))
 
 
 def _without_dropped(

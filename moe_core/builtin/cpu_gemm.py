@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+SMALL_WEIGHT = 1 << 17
+"""Elements. Up to here a weight stays in a core's cache and a call's fixed cost decides: 2 us for `mm`, 16 for oneDNN."""
+
 
 class Gemm(enum.Enum):
     """A way to compute `x [M, K] @ w [N, K]ᵀ`."""
@@ -44,7 +47,7 @@ def choose_gemm(dtype: torch.dtype, rows: int, n: int, k: int, row_major: bool, 
         row_major: `w` has unit stride in K. A transposed weight is only ever given to `mm`.
         onednn: `onednn_linear()` found it.
     """
-    if dtype is not torch.float32 or not row_major:
+    if dtype is not torch.float32 or not row_major or n * k <= SMALL_WEIGHT:
         return Gemm.ROWS
     if rows == 2 or (2 < rows <= 6 and n > k):
         return Gemm.COLUMNS  # MKL has a kernel for few columns, oneDNN has none for few rows of a wide result

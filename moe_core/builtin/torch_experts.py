@@ -95,6 +95,8 @@ class TorchExperts(Experts):
             run(self._activation, self._weight_on_input, dispatched, weights, out)
         elif batched:
             self._apply_batched(dispatched, weights, workspaces, out)
+        elif out.shape[0] == 1 and dispatched.num_rows is None and not self._weight_on_input:
+            self._apply_one_row(dispatched, weights, workspaces, out)
         else:
             self._apply_standard(dispatched, weights, workspaces, out)
 
@@ -128,6 +130,28 @@ class TorchExperts(Experts):
             first += size
         if total is not out:
             out.copy_(total)
+
+    def _apply_one_row(self, dispatched: Dispatched, weights: ExpertWeights, ws: Workspaces, out: torch.Tensor) -> None:
+        """Decoding: one token, so nothing to sort or gather, and the sum over K is one product."""
+        ids, router_weights = dispatched.topk_ids, dispatched.topk_weights
+        assert ids is not None and router_weights is not None, "STANDARD format comes with ids and weights"
+        experts = ids[0].tolist()
+        if -1 in experts:
+            kept = [k for k, expert in enumerate(experts) if expert >= 0]
+            if not kept:
+                out.zero_()
+                return
+            experts = [experts[k] for k in kept]
+            router_weights = router_weights[:, kept]
+        groups = _Groups(experts, [1] * len(experts))
+        x = dispatched.x.to(self._compute_dtype).expand(len(experts), -1)
+        y = self._run(groups, x, weights, ws)
+        if y.dtype is not torch.float32:
+            y = _view(ws["weighted"], len(experts), self._hidden).copy_(y)
+        if out.dtype is torch.float32:
+            torch.mm(router_weights, y, out=out)
+        else:
+            out.copy_(torch.mm(router_weights, y, out=ws["sum"]))
 
     def _apply_batched(self, dispatched: Dispatched, weights: ExpertWeights, ws: Workspaces, out: torch.Tensor) -> None:
         assert dispatched.tokens_per_expert is not None
