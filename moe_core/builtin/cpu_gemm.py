@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 SMALL_WEIGHT = 1 << 17
-"""Elements. Up to here a weight stays in a core's cache and a call's fixed cost decides: 2 us for `mm`, 16 for oneDNN."""
+"""Elements. A weight up to this stays in a core's cache, and a call's fixed cost decides: `mm` 2 us, oneDNN 16."""
 
 
 class Gemm(enum.Enum):
