@@ -8,7 +8,7 @@ CONSTRAINTS := constraints.txt
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
-EXTRAS := triton,hf,cli,testing,dev
+EXTRAS := triton,hf,cli,plot,testing,dev
 # A folder named `interpreted` runs in a process of its own: Triton reads TRITON_INTERPRET when it is imported.
 INTERPRETED := $(sort $(dir $(wildcard tests/ops/interpreted/test_*.py plugins/*/tests/interpreted/test_*.py)))
 MARKS := not full

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 import moe_core
+from moe_core.cli.bench import bench
 from moe_core.cli.demo import demo
 from moe_core.cli.doctor import doctor
 from moe_core.cli.explain import explain
@@ -34,5 +35,5 @@ def app(traceback: bool) -> None:
     """Run Mixture-of-Experts models through plugins, and see which plugin runs and why."""
 
 
-for command in (plugins, doctor, explain, run, demo):
+for command in (plugins, doctor, explain, run, demo, bench):
     app.add_command(command)
