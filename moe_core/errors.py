@@ -8,7 +8,7 @@ from moe_core.types import PairReport
 
 
 class MoEError(Exception):
-    """Base class: catch this to catch everything that moe-core raises on purpose."""
+    """Base class of what can go wrong with plugins, plans, checkpoints and steps. A bad argument is a `ValueError`."""
 
 
 class PluginError(MoEError):

@@ -6,6 +6,7 @@ there, one plugin that fails to import ends the loop, and the second of two equa
 
 from __future__ import annotations
 
+import difflib
 import enum
 import functools
 import importlib
@@ -79,6 +80,16 @@ class QuantMethodEntry:
     from_checkpoint_config: Callable[[Mapping[str, Any]], QuantMethod | str] | None = None
 
 
+_KINDS: dict[str, tuple[str, str | None]] = {
+    "dispatch": ("dispatch", "moe-"),
+    "experts": ("experts", "moe-experts-"),
+    "quant_methods": ("quantization scheme", "moe-quant-"),
+    "routers": ("router", None),
+    "runners": ("runner", None),
+}
+"""Kind → what people call one, and how a package that brings one is named by convention."""
+
+
 @attrs.define
 class Registry:
     """Everything that loaded plugins registered, by kind and name."""
@@ -98,18 +109,24 @@ class Registry:
                 error is the cause.
         """
         entries: dict[str, Any] = getattr(self, kind)
+        noun, prefix = _KINDS[kind]
         if name in entries:
             return entries[name]
         for record in self.plugins:
             if record.name == name and record.status is not PluginStatus.LOADED:
                 raise UnsupportedError(
-                    f"{kind} {name!r}: the plugin {record.name!r} ({record.label}) is {record.status}: {record.reason}"
+                    f"{noun} {name!r}: the plugin {record.name!r} ({record.label}) is {record.status}: {record.reason}"
                 ) from record.error
         known = ", ".join(sorted(entries)) or "none"
-        raise UnsupportedError(
-            f"unknown {kind} {name!r}; known here: {known}. Backends come with plugins, which are packages named "
-            f"moe-…: try pip install moe-{name.replace('_', '-')}, and see what is installed with moe-core plugins"
-        )
+        text = f"unknown {noun} {name!r}; known here: {known}."
+        if close := difflib.get_close_matches(name, entries, n=1):
+            text += f" Did you mean {close[0]!r}?"
+        elif prefix is not None:
+            text += (
+                f" More come with plugins, which are packages named {prefix}…: try pip install "
+                f"{prefix}{name.replace('_', '-')}, and see what is installed with moe-core plugins"
+            )
+        raise UnsupportedError(text)
 
 
 def _available() -> Availability:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_core.builtin.activation import activate
+from moe_core.builtin.grouped_mm import GROUPED_MM_ALIGNMENT
 from moe_core.config import ActivationSpec
 from moe_core.types import Dispatched, ExpertWeights
 
@@ -126,8 +127,13 @@ def grouped_mm_takes(x: torch.Tensor, w: torch.Tensor) -> bool:
     """Whether `F.grouped_mm` runs these on the device: elsewhere it refuses, or loops with a wait of its own."""
     if x.device.type != "cuda" or x.dtype is not torch.bfloat16 or torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
-    if any(extent % 8 for extent in (x.shape[1], *w.shape[1:])):  # 16 bytes
+    if any(extent % GROUPED_MM_ALIGNMENT for extent in (x.shape[1], *w.shape[1:])):
         return False
     outer = w.stride(1) if w.stride(2) == 1 else w.stride(2)
     unit = 1 in (w.stride(1), w.stride(2))
-    return unit and outer % 8 == 0 and w.stride(0) % 8 == 0 and w.data_ptr() % 16 == 0
+    return (
+        unit
+        and outer % GROUPED_MM_ALIGNMENT == 0
+        and w.stride(0) % GROUPED_MM_ALIGNMENT == 0
+        and w.data_ptr() % (GROUPED_MM_ALIGNMENT * w.element_size()) == 0
+    )

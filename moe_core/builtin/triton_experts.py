@@ -7,6 +7,7 @@ C row capacity per local expert.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -43,6 +44,7 @@ class TritonExperts(Experts):
         )
         self._plan = ops.default_plan(self._problem)
         self._bound: ExpertWeights | None = None
+        self._launch: Any = None
 
     def workspace_shapes(self, rows: int, activation_format: ActivationFormat) -> WorkspaceShapes:
         """The rows between the GEMMs, the rows before the sum over K, and the index arrays of the sort.
@@ -63,31 +65,37 @@ class TritonExperts(Experts):
         out: torch.Tensor,
     ) -> None:
         """See `Experts.apply`. Launches on the current stream and never waits for it."""
+        counts = dispatched.tokens_per_expert  # a plan has one format, so one launcher a layer
         if weights is not self._bound:
-            self._bind(weights)
-        if dispatched.tokens_per_expert is not None:
-            self._batched(dispatched.x, dispatched.tokens_per_expert, workspaces, out)
+            self._launch = self._bind_standard(weights) if counts is None else self._bind_batched(weights)
+            self._bound = weights
+        if counts is not None:
+            self._launch(dispatched.x, counts, workspaces, out)
             return
         ids, router_weights = dispatched.topk_ids, dispatched.topk_weights
         assert ids is not None and router_weights is not None, "STANDARD format comes with ids and weights"
-        self._standard(dispatched.x, ids, router_weights, workspaces, out, dispatched.num_rows)
+        self._launch(dispatched.x, ids, router_weights, workspaces, out, dispatched.num_rows)
 
-    def _bind(self, weights: ExpertWeights) -> None:
-        """Prepare the launches for a weights record. The record is compared by identity, so a new one binds anew."""
-        w13, w2 = weights.w13.detach(), weights.w2.detach()
-        self._standard = ops.ExpertsLauncher(
-            w13,
-            w2,
+    def _bind_standard(self, weights: ExpertWeights) -> ops.ExpertsLauncher:
+        """Prepare the launches for a weights record. Records are compared by identity, so a new one binds anew."""
+        return ops.ExpertsLauncher(
+            weights.w13.detach(),
+            weights.w2.detach(),
             top_k=self._top_k,
             activation=self._activation,
             bias13=weights.w13_bias,
             bias2=weights.w2_bias,
             weight_on_input=self._weight_on_input,
         )
-        self._batched = ops.BatchedExpertsLauncher(
-            w13, w2, activation=self._activation, bias13=weights.w13_bias, bias2=weights.w2_bias
+
+    def _bind_batched(self, weights: ExpertWeights) -> ops.BatchedExpertsLauncher:
+        return ops.BatchedExpertsLauncher(
+            weights.w13.detach(),
+            weights.w2.detach(),
+            activation=self._activation,
+            bias13=weights.w13_bias,
+            bias2=weights.w2_bias,
         )
-        self._bound = weights
 
 
 def _device_facts() -> tuple[tuple[int, int], int]:

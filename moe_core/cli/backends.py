@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 import torch
 
+from moe_core.build import probed
 from moe_core.plugins import PluginRecord, registry
 
 
@@ -37,8 +38,5 @@ def _usable(item: str) -> Usable:
     here, takes = device_types(), candidate.capabilities.device_types
     if not takes & here:
         return Usable(item, False, f"runs on {', '.join(sorted(takes))}; here: {', '.join(sorted(here))}")
-    try:
-        availability = candidate.probe()
-    except Exception as error:  # noqa: BLE001 - a probe must not raise; one that does is its backend's reason
-        return Usable(item, False, f"its probe raised {type(error).__name__}: {error}")
+    availability = probed(candidate).availability
     return Usable(item, availability.ok, availability.reason)

@@ -100,7 +100,7 @@ def load_config(source: Path, trust_remote_code: bool = False) -> Any:
     if not trust_remote_code:
         raise UnsupportedError(
             f"{file}: model_type {model_type!r} runs only with code that the checkpoint brings (auto_map), which is "
-            "never run unasked; read that code, then pass --trust-remote-code if you trust it"
+            "never run unasked; read that code, then use moe-core run --trust-remote-code if you trust it"
         )
     return AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=True)
 

@@ -66,6 +66,11 @@ class SimulatedRouter(Router):
         return cls(config.top_k, params["distribution"], params["seed"], 1.0 if exponent is None else float(exponent))
 
     def select_experts(self, router_logits: torch.Tensor, correction_bias: torch.Tensor | None = None) -> Routing:
+        if correction_bias is not None:
+            raise ValueError(
+                f"router 'simulated' was given a correction bias of shape {tuple(correction_bias.shape)}; it ignores "
+                "the logits, so a bias means nothing to it: build the layer without one"
+            )
         num_tokens, num_experts = router_logits.shape
         expert_E = torch.arange(num_experts, device=router_logits.device)
         if self.distribution == "one_expert":

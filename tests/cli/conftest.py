@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 
 from moe_core.cli.app import app
 from moe_core.cli.demo_models import MODELS, DemoModel, write
+from moe_core.plugins import registry
 
 SMALL = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 HEADS = {"DeepSeek-V3": {"num_key_value_heads": 4, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}}
@@ -76,6 +77,13 @@ def copied(checkpoints: Callable[[str], Path], tmp_path: Path) -> Callable[..., 
 def invoke() -> Callable[..., Result]:
     """`invoke("run", folder, …)`: a command, in this process."""
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.fixture
+def no_plugin_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no package that reads packed checkpoints were installed."""
+    entries = {name: entry for name, entry in registry().quant_methods.items() if entry.from_checkpoint_config is None}
+    monkeypatch.setattr(registry(), "quant_methods", entries)
 
 
 @pytest.fixture

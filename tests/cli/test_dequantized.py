@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 EXPERTS, HIDDEN, INNER, BLOCK = 8, 64, 32, 32
+pytestmark = pytest.mark.usefixtures("no_plugin_reads_it")
 
 
 def rewrite(folder, change, quantization_config):

@@ -164,6 +164,7 @@ def test_code_is_run_when_trusted(with_code, process, tmp_path):
     ],
     ids=["modelopt fp8", "modelopt nvfp4", "compressed-tensors nvfp4", "gptq"],
 )
+@pytest.mark.usefixtures("no_plugin_reads_it")
 def test_formats_that_nothing_reads_are_refused_by_name(packed, expected, copied, refused):
     folder = copied(quantization_config=packed)
     for command in ("run", "explain"):
@@ -171,6 +172,7 @@ def test_formats_that_nothing_reads_are_refused_by_name(packed, expected, copied
         assert all(part in said for part in expected), said
 
 
+@pytest.mark.usefixtures("no_plugin_reads_it")
 def test_modelopt_config_in_a_file_of_its_own(copied, refused):
     folder = copied()
     (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 import moe_core
 from moe_core import MoEConfig, MoEParallelConfig, RouterSpec
 from moe_core.reference import moe_reference
+from moe_core.testing import run_on_ranks
 
 SMALL = {"num_experts": 6, "top_k": 2, "hidden_size": 24, "intermediate_size": 16, "dtype": torch.float32}
 
@@ -73,49 +73,10 @@ def routed_truth() -> Callable[..., torch.Tensor]:
     return compute
 
 
-class ThreadGroup:
-    """W ranks as W threads: a real sum over ranks, without processes."""
-
-    def __init__(self, rank: int, size: int, shared: dict[str, Any]) -> None:
-        self.rank, self.size, self._shared = rank, size, shared
-        self.torch_group = None
-        self.calls = 0
-
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        self._shared["slots"][self.rank] = tensor
-        self._shared["barrier"].wait(timeout=30)
-        total = sum(self._shared["slots"][1:], self._shared["slots"][0].clone())
-        self._shared["barrier"].wait(timeout=30)
-        return total
-
-
 @pytest.fixture
 def on_ranks() -> Callable[..., list[Any]]:
-    """`on_ranks(W, work)`: call `work(group)` on W ranks at once; their results, in rank order."""
-
-    def run(size: int, work: Callable[[ThreadGroup], Any]) -> list[Any]:
-        shared = {"slots": [None] * size, "barrier": threading.Barrier(size)}
-        results: list[Any] = [None] * size
-        errors: list[BaseException] = []
-
-        def body(rank: int) -> None:
-            try:
-                results[rank] = work(ThreadGroup(rank, size, shared))
-            except BaseException as error:  # noqa: BLE001 - carried to the test's own thread
-                errors.append(error)
-                shared["barrier"].abort()
-
-        threads = [threading.Thread(target=body, args=(rank,)) for rank in range(size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
-        return results
-
-    return run
+    """`on_ranks(W, work)`: call `work(group)` on W virtual ranks at once; their results, in rank order."""
+    return run_on_ranks
 
 
 @pytest.fixture

@@ -95,3 +95,30 @@ def test_debug_mode_holds_a_dispatch_to_the_contract(config, build, plugin, back
     plugin(dispatch=("broken", make, capabilities))
     with pytest.raises(MoEError, match=f"dispatch broken: .*{message}"):
         step(build(config(debug=True), dispatch="broken"), 3)
+
+
+class RoutesItself(Experts):
+    """Takes logits: the best expert's own number, once per token."""
+
+    def workspace_shapes(self, rows, activation_format):
+        return {"best": ((rows,), torch.int64)}
+
+    def apply(self, *arguments):
+        raise AssertionError("experts that route internally are given logits")
+
+    def apply_from_logits(self, hidden_states, router_logits, weights, workspaces, out):
+        workspaces["best"].copy_(router_logits.argmax(1))
+        out.copy_(workspaces["best"].unsqueeze(1).expand_as(out))
+
+
+def test_experts_that_route_by_themselves_are_given_logits(config, build, plugin, backend):
+    _, capabilities = backend("experts", "torch", routes_internally=True)
+    plugin(experts=("oracle", lambda *_: RoutesItself(), capabilities, _ok, 1000))
+    runner = build(config(has_shared_experts=True), shared_experts=torch.nn.Identity())
+    assert runner.plan.routes_internally
+    assert not runner.is_internal_router
+    x, logits = torch.randn(4, H), torch.randn(4, E)
+    wanted = x + logits.argmax(1, keepdim=True)
+    torch.testing.assert_close(runner(x, logits), wanted)
+    padded = runner(x, logits, num_valid_tokens=torch.tensor([2]))
+    torch.testing.assert_close(padded, torch.cat([wanted[:2], x[2:]]))

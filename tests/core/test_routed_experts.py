@@ -92,13 +92,30 @@ def test_a_method_of_another_scheme_is_refused(config):
         RoutedExperts(moe_core.plan(config(), device="cpu"), Other(), torch.device("cpu"))
 
 
-def test_views_follow_a_move(config):
+def test_views_are_made_again_after_a_move(config):
     made = layer(config)
     first = made.weights
     assert made.weights is first
-    made.to(torch.float16)
-    assert made.weights.w13.dtype == torch.float16
+    made.to("cpu")
+    assert made.weights is not first
     assert made.weights.w13.data_ptr() == made.w13.data_ptr()
+
+
+@pytest.mark.parametrize(("move", "what"), [("half", "torch.float16 on cpu"), ("meta", "torch.float32 on meta")])
+def test_a_layer_cannot_move_away_from_its_plan(config, move, what):
+    made = layer(config)
+    with pytest.raises(MoEError, match=rf"planned for torch.float32 on cpu and cannot become {what}: build it with"):
+        made.half() if move == "half" else made.to(move)
+    assert made.w13.dtype == torch.float32
+
+
+def test_loading_a_state_dict_never_rebinds(config):
+    made = layer(config)
+    views, address = made.weights, made.w2.data_ptr()
+    state = {name: torch.full_like(tensor, 3.0) for name, tensor in made.state_dict().items()}
+    made.load_state_dict(state, assign=True)
+    assert made.w2.data_ptr() == address
+    assert views.w2.eq(3).all()
 
 
 def test_repr_says_what_it_holds(config):

@@ -117,6 +117,49 @@ def test_rule_1_an_exception_releases_what_was_in_flight(config, build, plugin, 
     assert runner(x, logits).isfinite().all(), "the slot is free again"
 
 
+def test_rule_1_a_buffer_is_taken_until_the_combine_is_received(config, build, plugin, backend):
+    plugin(dispatch=("single", *backend("dispatch", "local", max_in_flight=1)))
+    runner = build(config(), dispatch="single")
+    flight = runner.kernel.dispatch(tokens(), routing([[0, 1]] * 5))
+    receive = runner.kernel.combine(flight, runner.kernel.run_experts(flight, runner.routed_experts.weights))
+    with pytest.raises(MoEError, match="in flight"):
+        runner.kernel.dispatch(tokens(), routing([[0, 1]] * 5))
+    receive()
+    runner.kernel.dispatch(tokens(), routing([[0, 1]] * 5))
+
+
+@pytest.mark.parametrize("where", ["finalize", "debug check", "shared experts"])
+def test_rule_1_whatever_fails_the_slot_is_free_again(config, build, plugin, backend, where):
+    factory, capabilities = backend("dispatch", "local", max_in_flight=1)
+    broken = {"now": True}
+
+    class Faulty(type(factory(None, None, None, None, None))):
+        def prepare(self, *arguments, **named):
+            dispatched = super().prepare(*arguments, **named)
+            return attrs.evolve(dispatched, topk_ids=None) if broken["now"] and where == "debug check" else dispatched
+
+        def finalize(self, *arguments):
+            if broken["now"] and where == "finalize":
+                raise MoEError("wire cut")
+            super().finalize(*arguments)
+
+    class Shared(torch.nn.Module):
+        def forward(self, x):
+            if broken["now"] and where == "shared experts":
+                raise MoEError("no memory")
+            return x * 2
+
+    plugin(dispatch=("faulty", lambda *_: Faulty(), capabilities))
+    order = moe_core.SharedExpertsOrder.INTERNAL
+    c = config(debug=True, has_shared_experts=True, shared_experts_order=order)
+    runner = build(c, dispatch="faulty", shared_experts=Shared())
+    x, logits = tokens(), torch.randn(5, E)
+    with pytest.raises(MoEError, match=r"wire cut|one row of topk_ids|no memory"):
+        runner(x, logits)
+    broken["now"] = False
+    assert runner(x, logits).isfinite().all()
+
+
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("weight_on_input", [False, True])
 def test_rule_2_no_stage_writes_what_it_was_handed(config, build, dispatch, weight_on_input):

@@ -150,12 +150,15 @@ def test_routed_scale_multiplies_the_routed_output_also_in_fp16_and_without_shar
     close(runner(x, logits), wanted + module(x) if shared else wanted, dtype)
 
 
-def test_the_inverse_convention_is_had_by_name(config, build, routed_truth):
-    shared = linear(H, H)
-    c = config(routed_scaling_factor=2.5, routed_scaling=RoutedScaling.INVERSE_ON_SHARED, has_shared_experts=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_inverse_convention_is_had_by_name(config, build, routed_truth, dtype):
+    shared = linear(H, H).to(dtype)
+    c = config(
+        dtype=dtype, routed_scaling_factor=2.5, routed_scaling=RoutedScaling.INVERSE_ON_SHARED, has_shared_experts=True
+    )
     runner = build(c, shared_experts=shared)
-    x, logits = inputs()
-    close(runner(x, logits) * 2.5, routed_truth(runner, x, logits) * 2.5 + shared(x))
+    x, logits = inputs(dtype=dtype)
+    close(runner(x, logits) * 2.5, routed_truth(runner, x, logits) * 2.5 + shared(x), dtype)
 
 
 def test_a_router_that_carries_the_scale_makes_a_second_owner(config, plugin):
@@ -303,6 +306,16 @@ def test_weights_move_and_save_with_the_module(config, build):
     other.load_state_dict(runner.state_dict())
     close(other(x, logits), runner(x, logits))
     assert set(runner.state_dict()) == {"routed_experts.w13", "routed_experts.w2"}
+
+
+def test_wrong_logits_and_dtypes_are_named(config, build):
+    runner = build(config())
+    x, logits = inputs(3)
+    for wrong in (logits[:2], logits[:, :4], torch.randn(3, E + 1)):
+        with pytest.raises(ValueError, match=r"router_logits have shape .*; expected \(T, E\) = \(3, 6\)"):
+            runner(x, wrong)
+    with pytest.raises(ValueError, match=r"hidden_states are torch.float16; this layer is built for dtype"):
+        runner(x.half(), logits)
 
 
 def test_a_wrong_hidden_size_is_named(config, build):

@@ -197,6 +197,15 @@ def test_equal_shares_are_asked_for_with_the_legal_numbers(problem):
     assert select(problem(parallel=MoEParallelConfig(ep_size=3)), [d], [registry().find("experts", "torch")])
 
 
+def test_routing_tables_need_equal_shares(problem):
+    tables = candidate("dispatch", "local", "d", needs_round_robin_routing_tables=True)
+    uneven = {"parallel": MoEParallelConfig(ep_size=4), "placement": ExpertPlacement.ROUND_ROBIN}
+    with pytest.raises(UnsupportedError, match=r"needs equal shares: 6 experts on 4 ranks"):
+        select(problem(**uneven), [tables], [registry().find("experts", "torch")])
+    linear = {**uneven, "placement": ExpertPlacement.LINEAR}
+    assert select(problem(**linear), [tables], [registry().find("experts", "torch")])
+
+
 def test_shared_experts_orders(problem):
     split = candidate("dispatch", "local", "split", split=True)
     unsafe = candidate("dispatch", "local", "unsafe", overlap_safe=False)
@@ -263,8 +272,12 @@ def test_unknown_names_list_the_known_ones_and_the_package(config):
         moe_core.plan(config(), dispatch="nixl_ep", device="cpu")
     for part in ("unknown dispatch 'nixl_ep'", "batched, local", "pip install moe-nixl-ep", "moe-core plugins"):
         assert part in str(caught.value)
-    with pytest.raises(UnsupportedError, match=r"unknown experts 'cutlass'; known here: .*torch"):
+    with pytest.raises(UnsupportedError, match=r"unknown experts 'cutlass'; .*torch.* pip install moe-experts-cutlass"):
         moe_core.plan(config(), experts="cutlass", device="cpu")
+    with pytest.raises(UnsupportedError, match=r"unknown quantization scheme 'fp9'; .*pip install moe-quant-fp9"):
+        moe_core.plan(config(), scheme="fp9", device="cpu")
+    with pytest.raises(UnsupportedError, match=r"unknown dispatch 'bached'; .* Did you mean 'batched'\?$"):
+        moe_core.plan(config(), dispatch="bached", device="cpu")
 
 
 def test_an_explicit_request_is_honoured_or_refused_never_replaced(config):

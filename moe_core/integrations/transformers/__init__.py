@@ -16,6 +16,7 @@ That is all that is needed: each experts module is planned at its first call, fo
 | `gates.py` | which activation a module computes |
 | `foreign.py` | flags, parameters and views of a module |
 | `quantized.py` | what becomes of a quantized checkpoint on the way here |
+| `packed.py` | `from_pretrained`: quantized checkpoints with experts kept packed (import it by itself) |
 | `unfused.py` | experts that call a module's own gate or norm |
 """
 

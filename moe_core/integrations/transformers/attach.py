@@ -17,6 +17,7 @@ from moe_core.integrations.transformers.foreign import top_k_of
 from moe_core.integrations.transformers.layer import layer_for
 from moe_core.integrations.transformers.plans import Request, make_plan, with_notes
 from moe_core.integrations.transformers.quantized import loading_notes, refuse_lost_scales
+from moe_core.plugins import registry
 from moe_core.select import Plan
 from moe_core.types import Device
 
@@ -26,7 +27,9 @@ IMPLEMENTATION = "moe_core"
 _UNKNOWN_TOP_K = "K is not to be found in the model's config or modules, so this plan is made for K = 1 until a call"
 
 
-def attach(model: torch.nn.Module, *, dispatch: str | None = None, experts: str | None = None) -> dict[str, Plan]:
+def attach(
+    model: torch.nn.Module, *, dispatch: str | None = None, experts: str | None = None, debug: bool = False
+) -> dict[str, Plan]:
     """Let moe-core run every MoE layer of a loaded transformers model, and plan each now rather than at its first call.
 
     Attaching again changes the backends that are insisted on; copies of the model honour them too.
@@ -34,6 +37,7 @@ def attach(model: torch.nn.Module, *, dispatch: str | None = None, experts: str 
     Args:
         model: a `PreTrainedModel`.
         dispatch, experts: names of backends to insist on; None: selection decides.
+        debug: check ids and shapes on every step, which reads values on the host.
 
     Returns:
         module name → plan. The plan of a layer whose gate is not one of `ActivationSpec`, or that has a norm per
@@ -42,6 +46,7 @@ def attach(model: torch.nn.Module, *, dispatch: str | None = None, experts: str 
     Raises:
         UnsupportedError: the architecture keeps its experts to itself, or a layer cannot run, or not as asked.
     """
+    _check_names(dispatch, experts)
     modules = check_architecture(model)
     refuse_lost_scales(type(model).__name__, getattr(model, "config", None))
     layers = {name: layer_for(module) for name, module in modules.items()}
@@ -49,7 +54,7 @@ def attach(model: torch.nn.Module, *, dispatch: str | None = None, experts: str 
     plans: dict[str, Plan] = {}
     try:
         for name, layer in layers.items():
-            layer.request(Request(dispatch, experts))
+            layer.request(Request(dispatch, experts, debug))
             top_k = top_k_of(model, name)
             plan = _named(name, functools.partial(layer.plan, top_k or 1))
             plans[name] = with_notes(plan, _UNKNOWN_TOP_K) if top_k is None else plan
@@ -88,6 +93,7 @@ def layer_plans(
     Raises:
         UnsupportedError: as for `attach`; also for a checkpoint format that would not reach the bridge unpacked.
     """
+    _check_names(dispatch, experts)
     where = device_of(device)
     notes = loading_notes(config, where)
     try:
@@ -104,6 +110,13 @@ def layer_plans(
         plan = _named(name, functools.partial(make_plan, module, top_k or 1, request, where))
         plans[name] = with_notes(plan, *notes, *((_UNKNOWN_TOP_K,) if top_k is None else ()))
     return plans
+
+
+def _check_names(dispatch: str | None, experts: str | None) -> None:
+    """An unknown backend is told before any layer is named with it."""
+    for kind, name in (("dispatch", dispatch), ("experts", experts)):
+        if name is not None:
+            registry().find(kind, name)
 
 
 def _named(name: str, make: Callable[[], Plan]) -> Plan:

@@ -178,17 +178,20 @@ def _oriented(module: torch.nn.Module, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.transpose(-2, -1) if module.is_transposed else tensor
 
 
-def config_of(module: torch.nn.Module, top_k: int, activation: ActivationSpec) -> MoEConfig:
-    """The layer as moe-core describes it. `top_k` is cut to E, which matters only under expert parallelism."""
+def config_of(module: torch.nn.Module, top_k: int, activation: ActivationSpec, debug: bool = False) -> MoEConfig:
+    """The layer as moe-core describes it. Under expert parallelism, where E is this rank's share, K is cut to it."""
     w2 = _oriented(module, Tensors.of(module).down)
     experts, hidden, intermediate = w2.shape
+    if getattr(module, "_is_expert_parallel", True):  # before 5.18 nothing says whether it is
+        top_k = min(top_k, experts)
     return MoEConfig(
         num_experts=experts,
-        top_k=min(top_k, experts),
+        top_k=top_k,
         hidden_size=hidden,
         intermediate_size=intermediate,
         dtype=w2.dtype,
         activation=activation,
+        debug=debug,
     )
 
 

@@ -21,10 +21,11 @@ from moe_core.types import Device, GateUpLayout
 
 @attrs.frozen
 class Request:
-    """Backends that the user insists on, by name; None: selection decides."""
+    """What the user insists on: backends by name (None: selection decides), and debug mode."""
 
     dispatch: str | None = None
     experts: str | None = None
+    debug: bool = False
 
 
 @attrs.frozen(kw_only=True)
@@ -85,7 +86,7 @@ def make_plan(
     if isinstance(gate, str):
         return _plan_unfused(module, top_k, request, device, gate)
     return plan_layer(
-        config_of(module, top_k, gate),
+        config_of(module, top_k, gate, request.debug),
         dispatch=request.dispatch,
         experts=request.experts,
         device=device,
@@ -118,10 +119,9 @@ def _plan_unfused(
     )
     stand_in = ActivationSpec("silu", layout, bias=bool(getattr(module, "has_bias", False)))
     plan = select(
-        Problem(config=config_of(module, top_k, stand_in), device=where, routing_is_external=True),
+        Problem(config=config_of(module, top_k, stand_in, request.debug), device=where, routing_is_external=True),
         [probed(candidate) for candidate in found.dispatch.values()],
         [module_candidate(module, where.type), *(refused(item, reason) for item in found.experts.values())],
         dispatch=request.dispatch,
     )
     return with_notes(plan, f"runs unfused, by the module's own functions: {reason}", own_gate=True)
-

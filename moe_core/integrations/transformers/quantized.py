@@ -29,12 +29,14 @@ def refuse_lost_scales(who: str, config: Any) -> None:
         raise UnsupportedError(
             f"{who}: its config says quantization_config.quant_method = {method!r}, which this transformers does not "
             "know: it loads the numbers and ignores their scales, so the weights are wrong. A plugin that reads the "
-            "format is a package named moe-quant-…; without one, dequantize the checkpoint before loading it"
+            "format is a package named moe-quant-…, and with it packed.from_pretrained beside this module loads the "
+            "folder; without one, dequantize the checkpoint before loading it"
         )
     if method in _EXPANDED_ALWAYS and asked.get("format") == _LOST_BY_TRANSFORMERS:
         raise UnsupportedError(
             f"{who}: transformers drops the global scale of experts in format {_LOST_BY_TRANSFORMERS!r} while it "
-            "expands them, so their weights are wrong; a plugin that reads it is a package named moe-quant-nvfp4"
+            "expands them, so their weights are wrong; a plugin that reads it is a package named moe-quant-nvfp4, and "
+            "with it packed.from_pretrained beside this module loads the folder"
         )
 
 

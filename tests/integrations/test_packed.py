@@ -1,0 +1,131 @@
+"""Quantized checkpoints through transformers with packed experts, beside a model whose weights were dequantized first.
+
+Shape letters: N, K rows and columns of a projection.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_core import QuantSpec, ScaleFormat, UnsupportedError, formats
+
+transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
+packed = pytest.importorskip("moe_core.integrations.transformers.packed")
+
+E4M3 = "float8_e4m3fn"
+SPECS = {
+    "deepseek": QuantSpec(E4M3, (32, 32)),
+    "channel": QuantSpec(E4M3, (1, -1)),
+    "modelopt_fp8": QuantSpec(E4M3, (-1, -1)),
+    "modelopt_nvfp4": QuantSpec("float4_e2m1", (1, 16), ScaleFormat.E4M3, second_level=True),
+    "ct_nvfp4": QuantSpec("float4_e2m1", (1, 16), ScaleFormat.E4M3, second_level=True),
+}
+FP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "deepseek": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]},
+    "channel": {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": {
+        "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+        "input_activations": {"strategy": "token", "dynamic": True}}}},
+    "modelopt_fp8": {"quant_method": "modelopt", "quant_algo": "FP8"},
+    "modelopt_nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "ct_nvfp4": {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {"group_0": {
+        "weights": FP4, "input_activations": FP4 | {"dynamic": "local"}}}},
+}  # fmt: skip
+COMMON = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "num_key_value_heads": 2, "head_dim": 16, "num_experts_per_tok": 2}  # fmt: skip
+
+
+def make_config(name: str) -> Any:
+    if name == "mixtral":
+        return transformers.MixtralConfig(**COMMON, intermediate_size=32, num_local_experts=4)
+    return transformers.Qwen3MoeConfig(**COMMON, intermediate_size=64, moe_intermediate_size=32, num_experts=4)
+
+
+def pack(kind: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A weight under the names of a format, and what it is then."""
+    spec = SPECS[kind]
+    top = formats.global_scale_of(weight.abs().amax(), spec).float().double() if spec.second_level else None
+    if kind == "ct_nvfp4" and top is not None:
+        top = 1 / (1 / top).float().double()
+    q, scale = formats.quantize(weight, spec, global_scale=top)
+    value = formats.dequantize(q, scale, spec, top)
+    if top is None:
+        name = "weight_scale_inv" if kind == "deepseek" else "weight_scale"
+        tensors = {"weight": q, name: scale.reshape(()) if kind == "modelopt_fp8" else scale}
+        return tensors | ({"input_scale": torch.tensor(0.01)} if kind == "modelopt_fp8" else {}), value
+    if kind == "modelopt_nvfp4":
+        return {"weight": q, "weight_scale": scale, "weight_scale_2": top.float(),
+                "input_scale": torch.tensor(0.01)}, value  # fmt: skip
+    return {"weight_packed": q, "weight_scale": scale, "weight_global_scale": (1 / top).float().reshape(1),
+            "input_global_scale": torch.tensor([100.0])}, value  # fmt: skip
+
+
+@pytest.fixture(params=["qwen3_moe", "mixtral"])
+def written(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """`written(kind)`: (packed folder, folder of the same values in fp32)."""
+
+    def make(kind: str) -> tuple[Path, Path]:
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(make_config(request.param), dtype=torch.float32)
+        for parameter in model.parameters():
+            parameter.data.normal_(0, 0.15)
+        plain, folder = tmp_path / "plain", tmp_path / "packed"
+        model.save_pretrained(folder)
+        tensors, stored, values = safetensors.load_file(folder / "model.safetensors"), {}, {}
+        for name, tensor in tensors.items():
+            linear = name.endswith(".weight") and ("_proj" in name or ".experts." in name)
+            if not linear:
+                stored[name] = values[name] = tensor
+                continue
+            parts, values[name] = pack(kind, tensor)
+            stored |= {name.removesuffix("weight") + suffix: part for suffix, part in parts.items()}
+        config = json.loads((folder / "config.json").read_text())
+        plain.mkdir()
+        (plain / "config.json").write_text(json.dumps(config))
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": CONFIGS[kind]}))
+        safetensors.save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+        safetensors.save_file(values, plain / "model.safetensors", metadata={"format": "pt"})
+        return folder, plain
+
+    return make
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_weight_only_logits_are_those_of_the_dequantized_model(kind, written):
+    folder, plain = written(kind)
+    scheme = "nvfp4" if "nvfp4" in kind else "fp8_weight_only"
+    model = packed.from_pretrained(folder, scheme=scheme, dtype=torch.float32).eval()
+    truth = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        got, expected = model(ids).logits, truth(ids).logits
+    assert float((got - expected).norm() / expected.norm()) <= 1e-5
+    experts = [module for name, module in model.named_modules() if name.endswith("experts.packed")]
+    assert len(experts) == 2
+    assert all(module.w13.element_size() == 1 for module in experts)
+
+
+def test_quantized_activations_by_default(written):
+    folder, plain = written("channel")
+    model = packed.from_pretrained(folder, dtype=torch.float32).eval()
+    truth = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        error = (model(ids).logits - truth(ids).logits).norm() / truth(ids).logits.norm()
+    assert 1e-4 < float(error) < 0.1
+
+
+def test_a_format_that_nobody_reads_is_refused_before_loading(written):
+    folder, plain = written("channel")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(UnsupportedError, match="gptq"):
+        packed.from_pretrained(folder)
+    with pytest.raises(UnsupportedError, match="no quantization_config"):
+        packed.from_pretrained(plain)
