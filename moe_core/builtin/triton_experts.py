@@ -30,7 +30,6 @@ class TritonExperts(Experts):
         self._top_k = config.top_k
         self._weight_on_input = config.router_weight_on_input and config.top_k > 1  # K = 1 is done by the kernel
         self._activation = ops.Activation(spec.function, layout and layout.value, spec.limit, spec.alpha)
-        device = _device_facts()
         self._problem = ops.ExpertsProblem(
             num_experts=problem.num_local_experts,
             top_k=config.top_k,
@@ -39,23 +38,18 @@ class TritonExperts(Experts):
             itemsize=config.dtype.itemsize,
             gated=spec.gated,
             interleaved=self._activation.gate_up_layout == "interleaved",
-            capability=device[0],
-            num_sms=device[1],
         )
-        self._plan = ops.default_plan(self._problem)
         self._bound: ExpertWeights | None = None
         self._launch: Any = None
 
     def workspace_shapes(self, rows: int, activation_format: ActivationFormat) -> WorkspaceShapes:
         """The rows between the GEMMs, the rows before the sum over K, and the index arrays of the sort.
 
-        They follow from the layer's sizes alone; the strides of the weights choose tiles, never buffers.
+        They follow from the layer's sizes alone: launch parameters and the strides of the weights change no buffer.
         """
         if activation_format is ActivationFormat.BATCHED:
-            config = ops.batched_config(self._problem, rows)
-            return ops.batched_workspace(self._problem, self._dtype, rows, config)
-        chosen = ops.config_for(self._plan, rows)
-        return ops.experts_workspace(self._problem, self._dtype, rows, chosen)
+            return ops.batched_workspace(self._problem, self._dtype, rows)
+        return ops.experts_workspace(self._problem, self._dtype, rows)
 
     def apply(
         self,
@@ -96,11 +90,3 @@ class TritonExperts(Experts):
             bias13=weights.w13_bias,
             bias2=weights.w2_bias,
         )
-
-
-def _device_facts() -> tuple[tuple[int, int], int]:
-    """Compute capability and multiprocessors of the current device; an H200's where there is none, for dry runs."""
-    if not torch.cuda.is_available():
-        return (9, 0), 132
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return (properties.major, properties.minor), properties.multi_processor_count

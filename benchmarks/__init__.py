@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.experts`, `python -m benchmarks.tune_experts`."""
