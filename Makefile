@@ -8,7 +8,7 @@ CONSTRAINTS := constraints.txt
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
-EXTRAS := triton,hf,cli,plot,testing,dev
+EXTRAS := triton,hf,cli,plot,testing,oracles,dev
 # A folder named `interpreted` runs in a process of its own: Triton reads TRITON_INTERPRET when it is imported.
 INTERPRETED := $(sort $(dir $(wildcard tests/ops/interpreted/test_*.py plugins/*/tests/interpreted/test_*.py)))
 MARKS := not full
@@ -43,7 +43,7 @@ types: setup  ## mypy
 	$(BIN)/mypy
 
 pytest: setup  ## the tests alone
-	$(if $(INTERPRETED),TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m '$(MARKS)' $(INTERPRETED))
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m '$(MARKS)' $(INTERPRETED)
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m '$(MARKS)'
 
 format: setup  ## let ruff rewrite the sources

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import attrs
 import torch
 
 from moe_core.config import MoEConfig, MoEParallelConfig, Problem
-from moe_core.errors import MoEError
+from moe_core.errors import MoEError, UnsupportedError
 from moe_core.interfaces import Candidate, CapabilitiesT, Group, MoERunnerInterface
 from moe_core.plugins import PluginRecord, registry
 from moe_core.quant import UNQUANTIZED, QuantMethod, QuantScheme
@@ -72,6 +74,7 @@ def build_runner(
     *,
     parallel: MoEParallelConfig | None = None,
     scheme: QuantScheme | str | None = None,
+    quant_method: QuantMethod | None = None,
     dispatch: str | None = None,
     experts: str | None = None,
     group: Group | None = None,
@@ -89,6 +92,7 @@ def build_runner(
         config: the layer.
         parallel: its spread over ranks; None: one rank.
         scheme: a quantization scheme or its name; None: unquantized.
+        quant_method: what reads the checkpoint, where `method_for_checkpoint` made one; its scheme is the layer's.
         dispatch, experts: names of backends to insist on; None: selection decides.
         group: the ranks of this layer; needed where there is more than one.
         device: where it runs; None: "cuda" where there is one, else "cpu".
@@ -102,16 +106,14 @@ def build_runner(
         UnsupportedError: nothing can run it.
     """
     parallel = parallel or MoEParallelConfig()
-    ranks = max(parallel.ep_size, parallel.tp_size)
-    if ranks > 1 and group is None:
-        raise MoEError(f"this layer is spread over {ranks} ranks, and group is None: pass the ranks' Group")
+    _check_group(parallel, group)
     target = torch.device(device_of(device).type if device is None else device)
     replan = functools.partial(
         plan, config, parallel=parallel, dispatch=dispatch, experts=experts, device=Device.of(target)
     )
     found = registry()
-    chosen = replan(scheme=scheme)
-    method: QuantMethod = found.find("quant_methods", chosen.scheme.name).factory()
+    chosen = replan(scheme=scheme if quant_method is None else _scheme_of(quant_method, scheme))
+    method: QuantMethod = quant_method or found.find("quant_methods", chosen.scheme.name).factory()
     if shared_experts is not None and not isinstance(shared_experts, SharedExperts):
         shared_experts = SharedExperts(shared_experts)
     return found.find("runners", runner)(
@@ -126,6 +128,48 @@ def build_runner(
         routed_input_transform=routed_input_transform,
         routed_output_transform=routed_output_transform,
     )
+
+
+def _check_group(parallel: MoEParallelConfig, group: Group | None) -> None:
+    ranks = max(parallel.ep_size, parallel.tp_size)
+    if ranks > 1 and group is None:
+        raise MoEError(f"this layer is spread over {ranks} ranks, and group is None: pass the ranks' Group")
+
+
+def method_for_checkpoint(config: Mapping[str, Any], scheme: str | None = None) -> QuantMethod:
+    """The quantization method that reads a checkpoint's experts, from config.json's `quantization_config`.
+
+    Args:
+        config: the `quantization_config`.
+        scheme: the scheme to run it in, where more than one can (weight-only, say); None: the first that claims it, in
+            the order of registration.
+
+    Raises:
+        UnsupportedError: nobody claims it; the text holds everybody's reason.
+    """
+    entries = registry().quant_methods
+    if scheme is not None:
+        entries = {scheme: registry().find("quant_methods", scheme)}
+    reasons = []
+    for name, entry in entries.items():
+        if entry.from_checkpoint_config is None:
+            continue
+        answer = entry.from_checkpoint_config(config)
+        if isinstance(answer, QuantMethod):
+            return answer
+        reasons.append(f"  {name} ({entry.plugin}): {answer}")
+    asked = f"as scheme {scheme!r}" if scheme is not None else "by any scheme that is installed"
+    shown = "\n".join(reasons) or "  none of the schemes here reads checkpoints"
+    raise UnsupportedError(
+        f"quantization_config with quant_method = {config.get('quant_method')!r} is not read {asked}:\n{shown}\n"
+        "Schemes come with packages named moe-quant-…"
+    )
+
+
+def _scheme_of(method: QuantMethod, scheme: QuantScheme | str | None) -> QuantScheme:
+    if scheme is not None and _scheme(scheme) != method.scheme:
+        raise MoEError(f"scheme = {scheme!r} and a quant_method of scheme {method.scheme.name!r}; pass one of the two")
+    return method.scheme
 
 
 def _scheme(scheme: QuantScheme | str | None) -> QuantScheme:

@@ -5,6 +5,7 @@ Everything here is frozen, validated at construction and free of device calls an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,21 @@ def _at_least(minimum: int) -> Any:
     return check
 
 
+def _number(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value == 0:
+        raise ValueError(
+            f"{type(instance).__name__}.{attribute.name} = {value!r}; legal values: a finite number, not 0"
+        )
+
+
+def _instance_of(kind: type) -> Any:
+    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if not isinstance(value, kind):
+            raise ValueError(f"{type(instance).__name__}.{attribute.name} = {value!r}; legal values: a {kind.__name__}")
+
+    return check
+
+
 @attrs.frozen
 class ActivationSpec:
     """The function between the two GEMMs of an expert, to the last detail.
@@ -64,9 +80,9 @@ class ActivationSpec:
     gate_up_layout: GateUpLayout | None = attrs.field(
         default=GateUpLayout.GATE_UP, validator=_one_of(*GateUpLayout, None)
     )
-    limit: float | None = None
-    alpha: float = 1.702
-    bias: bool = False
+    limit: float | None = attrs.field(default=None, validator=attrs.validators.optional(_number))
+    alpha: float = attrs.field(default=1.702, validator=_number)
+    bias: bool = attrs.field(default=False, validator=_one_of(True, False))
 
     def __attrs_post_init__(self) -> None:
         legal = GATED_FUNCTIONS if self.gated else UNGATED_FUNCTIONS
@@ -133,20 +149,20 @@ class MoEConfig:
     intermediate_size: int = attrs.field(validator=_at_least(1))
     padded_hidden_size: int | None = attrs.field(default=None, validator=attrs.validators.optional(_at_least(1)))
     dtype: torch.dtype = attrs.field(default=torch.bfloat16, validator=_one_of(*MODEL_DTYPES))
-    activation: ActivationSpec = ActivationSpec()
-    router: RouterSpec = RouterSpec()
-    routed_scaling_factor: float = 1.0
+    activation: ActivationSpec = attrs.field(default=ActivationSpec(), validator=_instance_of(ActivationSpec))
+    router: RouterSpec = attrs.field(default=RouterSpec(), validator=_instance_of(RouterSpec))
+    routed_scaling_factor: float = attrs.field(default=1.0, validator=_number)
     routed_scaling: RoutedScaling = attrs.field(default=RoutedScaling.ON_ROUTED, validator=_one_of(*RoutedScaling))
-    router_weight_on_input: bool = False
-    has_shared_experts: bool = False
+    router_weight_on_input: bool = attrs.field(default=False, validator=_one_of(True, False))
+    has_shared_experts: bool = attrs.field(default=False, validator=_one_of(True, False))
     shared_experts_order: SharedExpertsOrder | None = attrs.field(
         default=None, validator=_one_of(*SharedExpertsOrder, None)
     )
     placement: ExpertPlacement = attrs.field(default=ExpertPlacement.LINEAR, validator=_one_of(*ExpertPlacement))
     max_tokens_per_rank: int | None = attrs.field(default=None, validator=attrs.validators.optional(_at_least(1)))
-    cuda_graph: bool = False
-    deterministic: bool = False
-    debug: bool = False
+    cuda_graph: bool = attrs.field(default=False, validator=_one_of(True, False))
+    deterministic: bool = attrs.field(default=False, validator=_one_of(True, False))
+    debug: bool = attrs.field(default=False, validator=_one_of(True, False))
 
     def __attrs_post_init__(self) -> None:
         if self.top_k > self.num_experts:
@@ -244,8 +260,11 @@ class MoEParallelConfig:
 
     @property
     def tokens_are_replicated(self) -> bool:
-        """Every rank of the layer holds the same tokens, so that a sum over ranks completes the output."""
-        return self.dp_size == 1 and self.sp_size == 1
+        """Every rank of the layer holds the same tokens, so that a sum over ranks completes the output.
+
+        Ranks of another dp group belong to this layer only where they share its experts (ep_size > 1).
+        """
+        return (self.dp_size == 1 or self.ep_size == 1) and self.sp_size == 1
 
     def _selected(self, question: str) -> DispatchCapabilities:
         if self.dispatch is None:

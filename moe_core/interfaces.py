@@ -47,7 +47,7 @@ class Group(Protocol):
 
     @property
     def store(self) -> Any:
-        """A key-value store with `set(key, bytes)` and `get(key) -> bytes` (blocking) that all ranks see."""
+        """A key-value store that all ranks see, with `torch.distributed.Store`'s `set`, `get`, `add` and `wait`."""
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, as a new tensor of the same shape and dtype."""

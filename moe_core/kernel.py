@@ -16,6 +16,7 @@ from typing import Any
 import attrs
 import torch
 
+from moe_core.agreement import check_agreement
 from moe_core.errors import MoEError
 from moe_core.expert_map import ExpertMapManager
 from moe_core.interfaces import Experts, Group, PrepareAndFinalize
@@ -45,10 +46,19 @@ class Flight:
 
 
 class MoEKernel:
-    """Runs prepare → experts → finalize. Made from a plan; replaced, never altered, when the plan changes."""
+    """Runs prepare → experts → finalize. Made from a plan; replaced, never altered, when the plan changes.
 
-    def __init__(self, plan: Plan, group: Group | None = None) -> None:
+    Args:
+        plan: the layer's plan.
+        group: its ranks; None: one rank.
+        agree: compare the plan with those of the other ranks first. False: they have agreed on it (a copy, say, which
+            not every rank need make).
+    """
+
+    def __init__(self, plan: Plan, group: Group | None = None, *, agree: bool = True) -> None:
         config, parallel = plan.config, plan.problem.parallel
+        if agree and group is not None:
+            _agree(plan, group)  # before the backends are made, which may enter collectives
         arguments = (config, parallel, plan.scheme, group, config.placement)
         self.plan = plan
         self.expert_map = ExpertMapManager(config.num_experts, parallel.ep_size, parallel.ep_rank, config.placement)
@@ -83,7 +93,7 @@ class MoEKernel:
         """One step.
 
         Args:
-            hidden_states: `[T, H]`, unit stride in H; never written.
+            hidden_states: `[T, H]`, any strides; never written.
             routing: global ids `[T, K]` with -1 = none, weights `[T, K]` float32.
             weights: the layer's weights.
             shared_experts: called once, at the moment that the plan's `shared_experts_order` names, with
@@ -107,8 +117,12 @@ class MoEKernel:
         flight = self.dispatch(hidden_states, routing)
         finish = self.combine(flight, self.run_experts(flight, weights))
         if order is SharedExpertsOrder.INTERNAL:
-            shared_out = shared_experts(shared_experts_input)
-        finish()
+            try:
+                shared_out = shared_experts(shared_experts_input)
+            finally:
+                finish()  # the combine is under way: it ends, whatever the shared experts did
+        else:
+            finish()
         return flight.out, join() if join else shared_out
 
     def dispatch(self, hidden_states: torch.Tensor, routing: Routing) -> Flight:
@@ -133,7 +147,11 @@ class MoEKernel:
         flight = Flight(receive(), routing, out)
         self._in_flight += 1
         if self.plan.config.debug:
-            self._check_dispatched(flight.dispatched)
+            try:
+                self._check_dispatched(flight.dispatched)
+            except MoEError:
+                self._release(flight)
+                raise
         return flight
 
     def run_experts(self, flight: Flight, weights: ExpertWeights) -> torch.Tensor:
@@ -165,8 +183,26 @@ class MoEKernel:
         except BaseException:
             self._release(flight)
             raise
-        self._in_flight -= 1
-        return receive
+
+        def finish() -> None:
+            self._in_flight -= 1  # not before: until then the backend's buffer is taken
+            receive()
+
+        return finish
+
+    def run_from_logits(
+        self, hidden_states: torch.Tensor, router_logits: torch.Tensor, weights: ExpertWeights
+    ) -> torch.Tensor:
+        """A step of experts that route by themselves (`plan.routes_internally`): `[T, H]`, `[T, E]` → `[T, H]`."""
+        if hidden_states.stride(-1) != 1:
+            hidden_states = hidden_states.contiguous()
+        out = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
+        rows = hidden_states.shape[0]
+        if rows:
+            index = bisect.bisect_right(self._first_rows, rows) - 1
+            workspaces = self._workspaces(index, rows, hidden_states.device)
+            self.experts[index].apply_from_logits(hidden_states, router_logits, weights, workspaces, out)
+        return out
 
     def check(self) -> None:
         """Raise what a step could not raise without a host sync."""
@@ -249,6 +285,25 @@ class MoEKernel:
             raise MoEError(f"dispatch {name}: standard format needs one row of topk_ids per row of x")
         if dispatched.x.stride(-1) != 1:
             raise MoEError(f"dispatch {name}: x has strides {dispatched.x.stride()}; the contract is unit stride in H")
+
+
+def _agree(plan: Plan, group: Group) -> None:
+    """Hold the group to the plan, and the ranks' plans to one another."""
+    parallel = plan.problem.parallel
+    name, size, rank = ("tp", parallel.tp_size, parallel.tp_rank)
+    if parallel.ep_size > 1:
+        name, size, rank = "ep", parallel.ep_size, parallel.ep_rank
+    if size == 1 or getattr(group, "store", None) is None:  # without a store nothing can be told outside a collective
+        return
+    misfit = ""
+    if (group.size, group.rank) != (size, rank):
+        misfit = (
+            f"the group is rank {group.rank} of {group.size}, and MoEParallelConfig says {name}_rank = {rank}, "
+            f"{name}_size = {size}: pass the group of the ranks that share this layer's experts"
+        )
+    check_agreement(group, plan.fingerprint() | {"group": misfit or "as planned"})  # told to all, so that all end
+    if misfit:
+        raise MoEError(misfit)
 
 
 @attrs.frozen

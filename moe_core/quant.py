@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import enum
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import attrs
 import torch
@@ -33,8 +33,9 @@ class QuantSpec:
         group_shape: (rows, columns) that share a scale; -1 means the whole extent: (-1, -1) per tensor,
             (1, -1) per row, (1, 128) per group of 128, (128, 128) per block.
         scale_format: how the scale is stored.
-        dynamic: scales are computed from the data at run time, rather than read from the checkpoint.
-        second_level: there is one fp32 scale above the group scales.
+        dynamic: scales are computed from the data at run time, rather than read from the checkpoint. A second-level
+            scale is read from there all the same.
+        second_level: there is one scale above the group scales: per projection of an expert, per input of one.
     """
 
     dtype: str
@@ -88,6 +89,22 @@ class WeightsOwner(Protocol):
         """A registered weight; write into its `.data`, never re-bind it."""
 
 
+_INVERSE = "inverse_"
+_ALONG_I = {"gate": 0, "up": 0, "down": 1, "gate_bias": 0, "up_bias": 0}
+"""The dim of a plain tensor that runs along I, and is split over tp ranks. Others are whole on every rank."""
+
+
+def split_part(name: str) -> tuple[str, str]:
+    """A name of `load_expert` as (projection, kind): "gate_scale" is ("gate", "_scale"), "down" is ("down", "")."""
+    part, _, kind = name.partition("_")
+    return part, f"_{kind}" if kind else ""
+
+
+def upright(name: str) -> str:
+    """The name without "inverse_": what a tensor stands for, however the format stores it."""
+    return name.replace(_INVERSE, "", 1)
+
+
 class QuantMethod(abc.ABC):
     """Creates, fills and packs the weights of a `RoutedExperts` in one scheme.
 
@@ -96,6 +113,9 @@ class QuantMethod(abc.ABC):
     """
 
     scheme: QuantScheme
+    checkpoint_suffixes: ClassVar[Mapping[str, str]] = {}
+    """What checkpoints call a projection's further tensors → what `load_expert` does: {"weight_scale_inv": "_scale"}
+    says that `….gate_proj.weight_scale_inv` is "gate_scale". A tensor that holds 1 / scale is "_inverse_…scale"."""
 
     @abc.abstractmethod
     def create_weights(self, layer: WeightsOwner) -> None:
@@ -108,13 +128,40 @@ class QuantMethod(abc.ABC):
         Args:
             layer: whose weights.
             expert: local index, 0 ≤ expert < E_l.
-            name: "gate", "up", "down", "gate_bias", …, or a scale of the scheme, such as "gate_scale".
+            name: "gate", "up", "down", "gate_bias", …, or a scale of the scheme, such as "gate_scale"; where the
+                checkpoint holds its inverse, "gate_inverse_global_scale".
             tensor: this rank's slice, in the checkpoint's dtype: gate and up `[I, H]`, down `[H, I]`.
         """
 
     @abc.abstractmethod
     def pack_weights(self, layer: WeightsOwner) -> None:
         """Bring the storage into the layout that the plan's experts read (`layer.weight_layout`). Re-runnable."""
+
+    def required_kinds(self, packed: bool) -> tuple[str, ...]:
+        """What a checkpoint must hold of every projection: "" (the weight) and kinds of scales, such as "_scale".
+
+        Args:
+            packed: the checkpoint's weights are packed; if not, they are floating point, to be quantized on the way.
+        """
+        return ("",)
+
+    def shard_index(
+        self, layer: WeightsOwner, name: str, shape: tuple[int, ...], tp_rank: int, tp_size: int
+    ) -> tuple[slice, ...]:
+        """Which part of a whole expert's tensor is a tp rank's, as an index; only that part need be read.
+
+        Args:
+            layer: whose weights.
+            name: as for `load_expert`.
+            shape: of the whole tensor.
+            tp_rank, tp_size: the rank, of how many that share the expert's I.
+        """
+        index = [slice(None)] * len(shape)
+        if name in _ALONG_I:
+            dim = _ALONG_I[name]
+            size = shape[dim] // tp_size
+            index[dim] = slice(tp_rank * size, (tp_rank + 1) * size)
+        return tuple(index)
 
     def activation_quant(self, layer: WeightsOwner) -> QuantSpec | None:
         """How the experts are to quantize their input."""

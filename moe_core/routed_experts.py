@@ -8,6 +8,7 @@ graphs hold addresses.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -17,9 +18,6 @@ from moe_core.expert_map import ExpertMapManager
 from moe_core.quant import QuantMethod
 from moe_core.select import Plan
 from moe_core.types import ExpertWeights
-
-_TENSOR_PARALLEL_DIM = {"gate": 0, "up": 0, "down": 1, "gate_bias": 0, "up_bias": 0}
-"""The dim of a checkpoint tensor that runs along I, and is split over tp ranks. Others are whole on every rank."""
 
 
 class RoutedExperts(torch.nn.Module):
@@ -67,13 +65,14 @@ class RoutedExperts(torch.nn.Module):
             self._views = ExpertWeights(gate_up_layout=self.config.activation.gate_up_layout, **registered)
         return self._views
 
-    def load_expert(self, expert: int, name: str, tensor: torch.Tensor) -> bool:
+    def load_expert(self, expert: int, name: str, tensor: torch.Tensor, *, sharded: bool = False) -> bool:
         """Copy one tensor of one expert from a checkpoint.
 
         Args:
             expert: global id.
-            name: "gate", "up" or "down" (`[I, H]`, `[I, H]`, `[H, I]`, whole, not yet split over ranks), one of their
-                biases such as "gate_bias", or a scale that the quantization method knows.
+            name: "gate", "up" or "down" (`[I, H]`, `[I, H]`, `[H, I]`), one of their biases such as "gate_bias", or a
+                scale that the quantization method knows.
+            tensor: whole, not yet split over ranks; `sharded`: this rank's part of it already (see `shard_index`).
 
         Returns:
             whether the expert lives on this rank.
@@ -83,25 +82,55 @@ class RoutedExperts(torch.nn.Module):
         own = self.expert_map.local_experts
         if expert not in own:
             return False
-        tp_size, tp_rank = self.parallel.tp_size, self.parallel.tp_rank
-        if tp_size > 1 and name in _TENSOR_PARALLEL_DIM:
-            tensor = tensor.chunk(tp_size, dim=_TENSOR_PARALLEL_DIM[name])[tp_rank]
-        if name == "down_bias" and tp_rank > 0:
+        if not sharded:
+            tensor = tensor[self.shard_index(name, tuple(tensor.shape))]
+        if name == "down_bias" and self.parallel.tp_rank > 0:
             tensor = torch.zeros_like(tensor)  # the sum over tp ranks must hold it once
         self.quant_method.load_expert(self, own.index(expert), name, tensor)
         return True
+
+    def shard_index(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
+        """Which part of a whole expert's tensor this rank holds, as an index."""
+        tp_size, tp_rank = self.parallel.tp_size, self.parallel.tp_rank
+        if tp_size == 1:
+            return (slice(None),) * len(shape)
+        return self.quant_method.shard_index(self, name, shape, tp_rank, tp_size)
 
     def pack_weights(self) -> None:
         """Bring the loaded weights into the plan's layout. Run again after every reload."""
         self.quant_method.pack_weights(self)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        """Copy in place, also where `load_state_dict(assign=True)` would re-bind: addresses are stable."""
+        super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "assign_to_params_buffers": False}, *rest)
+
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedExperts:
+        self._check_move(fn)
         self._views = None  # `.to()` and friends re-bind storage
+        if self.quant_method.scheme.weight is not None:
+            fn = functools.partial(_keeping_dtype, fn)
         super()._apply(fn, recurse)
         return self
+
+    def _check_move(self, fn: Any) -> None:
+        """A plan is made for one dtype and one kind of device; a layer that moves away from it needs another plan."""
+        moved = fn(torch.empty(0, dtype=self.config.dtype, device=self.device))
+        if moved.dtype != self.config.dtype or moved.device.type != self.device.type:
+            raise MoEError(
+                f"this layer is planned for {self.config.dtype} on {self.device.type} and cannot become {moved.dtype} "
+                f"on {moved.device.type}: build it with dtype = {moved.dtype} and device = '{moved.device.type}', and "
+                "load its weights there"
+            )
+        self.device = moved.device
 
     def extra_repr(self) -> str:
         return (
             f"experts={self.num_local_experts} of {self.config.num_experts}, hidden={self.hidden_size}, "
             f"intermediate={self.intermediate_size}, scheme={self.quant_method.scheme.name}"
         )
+
+
+def _keeping_dtype(fn: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """`model.to(torch.bfloat16)` converts whatever is floating point: fp8 weights and scales of any kind too."""
+    moved: torch.Tensor = fn(tensor)
+    return moved if moved.dtype is tensor.dtype else tensor.to(moved.device)

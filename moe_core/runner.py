@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional
 
 from moe_core.errors import MoEError, UnsupportedError
+from moe_core.expert_load import ExpertLoad
 from moe_core.hookspecs import PLUGIN_API, hookimpl
 from moe_core.interfaces import Group, MoERunnerInterface, Router
 from moe_core.kernel import MoEKernel
@@ -72,12 +73,14 @@ class MoERunner(torch.nn.Module, MoERunnerInterface):
                 f"{Duty.ROUTED_SCALING.value} must have one owner, but is claimed by runner and router "
                 f"{plan.config.router.name}; set MoEConfig.routed_scaling_factor = 1.0"
             )
+        _check_shared_split(plan, shared_experts)
         self.routed_experts = routed_experts
         self.gate = gate
         self.routed_input_transform = routed_input_transform
         self.routed_output_transform = routed_output_transform
         self._shared_experts = shared_experts
         self.register_buffer("correction_bias", correction_bias)
+        self._load: ExpertLoad | None = None
         self._router = router
         self._group = group
         self._replan = replan
@@ -100,6 +103,16 @@ class MoERunner(torch.nn.Module, MoERunnerInterface):
     def kernel(self) -> MoEKernel:
         """The kernel in force: stages for an engine that interleaves micro-batches, sizes for one that plans memory."""
         return self._kernel
+
+    @property
+    def load(self) -> ExpertLoad | None:
+        """How often each expert was chosen, since `count_load`; None: nobody counts."""
+        return self._load
+
+    def count_load(self) -> ExpertLoad:
+        """Count from now on how often each expert is chosen. Before a graph is captured, or its replays don't count."""
+        self._load = self._load or ExpertLoad(self.plan.config.num_experts, self.routed_experts.device)
+        return self._load
 
     def check(self) -> None:
         self._kernel.check()
@@ -141,11 +154,17 @@ class MoERunner(torch.nn.Module, MoERunnerInterface):
             logits: torch.Tensor = self.gate(tokens)
             return logits
         assert router_logits is not None
-        return router_logits.reshape(-1, router_logits.shape[-1])
+        logits = router_logits.reshape(-1, router_logits.shape[-1])
+        expected = (tokens.shape[0], self.plan.config.num_experts)
+        if tuple(logits.shape) != expected:
+            raise ValueError(f"router_logits have shape {tuple(router_logits.shape)}; expected (T, E) = {expected}")
+        return logits
 
     def _pad(self, tokens: torch.Tensor) -> torch.Tensor:
         config = self.plan.config
         missing = config.experts_hidden_size - tokens.shape[-1]
+        if tokens.dtype != config.dtype:
+            raise ValueError(f"hidden_states are {tokens.dtype}; this layer is built for dtype = {config.dtype}")
         if tokens.shape[-1] != config.hidden_size:
             raise ValueError(
                 f"hidden_states have H = {tokens.shape[-1]}; this layer has hidden_size = {config.hidden_size}"
@@ -182,11 +201,19 @@ class MoERunner(torch.nn.Module, MoERunnerInterface):
         num_valid_tokens: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the opaque ops run: route, then the kernel. `[T, H]` in, routed `[T, H]` and the shared output out."""
-        routing = self._router.select_experts(logits, self.correction_bias)
+        padding = None
         if num_valid_tokens is not None:
             rows = torch.arange(routed_in.shape[0], device=routed_in.device)
             padding = (rows >= num_valid_tokens).unsqueeze(1)
+        if self.plan.routes_internally:
+            shared_out = None if self._shared_experts is None else self._shared_experts(shared_in)
+            routed = self._kernel.run_from_logits(routed_in, logits, self.routed_experts.weights)
+            return (routed if padding is None else routed.masked_fill(padding, 0.0)), shared_out
+        routing = self._router.select_experts(logits, self.correction_bias)
+        if padding is not None:
             routing = Routing(routing.topk_ids.masked_fill(padding, -1), routing.topk_weights)
+        if self._load is not None:
+            self._load.add(routing.topk_ids)
         return self._kernel(
             routed_in,
             routing,
@@ -204,26 +231,29 @@ class MoERunner(torch.nn.Module, MoERunnerInterface):
         reduces_routed = not plan.output_is_reduced
         reduces_shared = self._shared_experts is not None and self._shared_experts.output_is_partial
         # one sum over ranks for both where nothing stands between them
-        joint = reduces_routed and reduces_shared and self.routed_output_transform is None
+        shared_group = self._shared_experts.group or self._group if self._shared_experts is not None else None
+        joint = (
+            reduces_routed and reduces_shared and self.routed_output_transform is None and shared_group is self._group
+        )
         if reduces_routed and not joint:
-            routed = self._all_reduce(routed)
+            routed = self._all_reduce(routed, self._group)
         if shared is None:
             return routed if self.routed_output_transform is None else self.routed_output_transform(routed)
         if reduces_shared and not joint:
-            shared = self._all_reduce(shared)
+            shared = self._all_reduce(shared, shared_group)
         if not on_routed:
             shared = shared / config.routed_scaling_factor
         if self.routed_output_transform is not None:
             routed = self.routed_output_transform(routed)
         out = routed + shared
-        return self._all_reduce(out) if joint else out
+        return self._all_reduce(out, self._group) if joint else out
 
-    def _all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._group is None:
+    def _all_reduce(self, tensor: torch.Tensor, group: Group | None) -> torch.Tensor:
+        if group is None:
             raise MoEError(
                 "this layer's output is a sum over ranks, and the runner has no group: build it with group=…"
             )
-        return self._group.all_reduce(tensor)
+        return group.all_reduce(tensor)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle carries the plan; the kernel is made anew, since backends may hold device buffers."""
@@ -233,8 +263,21 @@ class MoERunner(torch.nn.Module, MoERunnerInterface):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._kernel = MoEKernel(state["_kernel"], self._group)
+        self._kernel = MoEKernel(state["_kernel"], self._group, agree=False)
         self._layer_key = register_layer(self)  # a copy is a layer of its own
+
+
+def _check_shared_split(plan: Plan, shared_experts: SharedExperts | None) -> None:
+    """A sum over ranks that have different tokens would mix them."""
+    parallel = plan.problem.parallel
+    if shared_experts is None or not shared_experts.output_is_partial or shared_experts.group is not None:
+        return
+    if not parallel.tokens_are_replicated:
+        raise MoEError(
+            f"the shared experts are split over ranks (output_is_partial), and with dp_size = {parallel.dp_size}, "
+            f"sp_size = {parallel.sp_size} the layer's ranks have different tokens: pass SharedExperts(…, group=the "
+            "ranks that it is split over and that have the same tokens), or keep it whole on every rank"
+        )
 
 
 _layers: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()

@@ -96,7 +96,7 @@ class Plan:
 
     def fingerprint(self) -> dict[str, Any]:
         """What all ranks of a layer must agree on. Ranks, device indices and tuned tables are not in it."""
-        config, caps = self.config, self.dispatch.capabilities
+        config, caps, parallel = self.config, self.dispatch.capabilities, self.problem.parallel
         return {
             "api": PLUGIN_API,
             "dispatch": f"{self.dispatch.name} ({self.dispatch.plugin})",
@@ -109,6 +109,13 @@ class Plan:
             "top_k": config.top_k,
             "hidden_size": config.experts_hidden_size,
             "intermediate_size": config.intermediate_size,
+            "activation": str(config.activation),
+            "router": config.router.name,
+            "router_weight_on_input": config.router_weight_on_input,
+            "routed_scaling": (config.routed_scaling_factor, config.routed_scaling.value),
+            "shared_experts": self.shared_experts_order.value,
+            "weight_layout": self.weight_layout,
+            "parallel": {axis: getattr(parallel, f"{axis}_size") for axis in ("tp", "dp", "ep", "sp")},
             "placement": config.placement.value,
             "max_tokens_per_rank": config.max_tokens_per_rank,
             "owners": {duty.value: owner for duty, owner in self.owners.items()},
@@ -153,8 +160,10 @@ class Plan:
         )
         chosen = (
             f"dispatch {self.dispatch.name} · experts {experts} · {self.activation_format.value} format · "
-            f"payload {self.payload} · weights {self.weight_layout} · shared experts {self.shared_experts_order.value}"
+            f"payload {self.payload} · weights {self.weight_layout}"
         )
+        if self.config.has_shared_experts:
+            chosen += f" · shared experts {self.shared_experts_order.value}"
         duties = ", ".join(f"{duty.value} by {owner}" for duty, owner in self.owners.items())
         return f"{chosen}\neach duty once: {duties}\n{format_table(self.reports)}"
 
@@ -318,7 +327,8 @@ def _ledger(problem: Problem, d: DispatchCandidate, e: ExpertsCandidate) -> dict
     if config.routed_scaling_factor != 1.0:
         owned[Duty.ROUTED_SCALING] = ["runner", *extra[Duty.ROUTED_SCALING]]
     if parallel.ep_size > 1 or parallel.tp_size > 1:
-        reduced = parallel.ep_size > 1 and caps.output_reduced
+        moves = not (caps.local_if_replicated and parallel.tokens_are_replicated)
+        reduced = caps.output_reduced and moves and (parallel.ep_size > 1 or caps.gathers_tokens)
         owned[Duty.CROSS_RANK_REDUCE] = [finalize if reduced else "runner", *extra[Duty.CROSS_RANK_REDUCE]]
     if config.experts_hidden_size != config.hidden_size:
         owned[Duty.PADDING] = ["runner", *extra[Duty.PADDING]]
@@ -382,6 +392,11 @@ def _reject_dispatch(problem: Problem, d: DispatchCandidate) -> Iterator[str]:
         yield (
             f"carries no tokens between ranks, and with dp_size = {parallel.dp_size}, sp_size = {parallel.sp_size} "
             "each rank has tokens of its own"
+        )
+    if parallel.tp_size > 1 and parallel.sp_size > 1 and not caps.gathers_tokens:
+        yield (
+            f"gathers no tokens, and with tp_size = {parallel.tp_size}, sp_size = {parallel.sp_size} each rank has "
+            "rows of its own and a part of every expert"
         )
     if config.placement not in caps.placements:
         yield f"placement {config.placement.value}: serves {_listed(p.value for p in caps.placements)}"

@@ -24,7 +24,11 @@ class ActivationFormat(enum.Enum):
 
 
 class GateUpLayout(enum.Enum):
-    """Where gate and up stand among the 2I rows of `w13`. A gated activation always names it; there is no default."""
+    """Where gate and up stand among the 2I rows of `w13`.
+
+    `ExpertWeights` always names it. A layer that owns its weights loads them by name ("gate", "up"), so for it the
+    layout is only how it stores them.
+    """
 
     GATE_UP = "gate_up"
     """Rows 0..I-1 are the gate, I..2I-1 the up projection."""
@@ -171,7 +175,14 @@ class ExpertWeights:
             this and not the `ActivationSpec` tells an experts backend); None without a gate.
         w13_bias: `[E_l, 2I]` (or `[E_l, I]`), or None.
         w2_bias: `[E_l, H]`, or None.
-        w13_scale, w2_scale: scales of packed weights in the scheme's own shape, or None. w ≈ q · scale.
+        w13_scale, w2_scale: scales of packed weights, or None. w ≈ q · scale · global scale. Where a scheme's group is
+            one row: `[E_l, 2I, groups]` (rows as in w13) and `[E_l, H, groups]`. Where it is several: w13's halves keep
+            grids of their own, `[E_l, 2, row groups of I, groups]` in the order of the halves (without a gate
+            `[E_l, 1, …]`), and w2's is `[E_l, row groups of H, groups]`. fp32, or e4m3 under a global scale.
+        w13_global_scale, w2_global_scale: the second level, `[E_l, 2]` (by half) and `[E_l, 1]`, or None. float64, so
+            that a format that stores the inverse in fp32 is divided by to the same bits.
+        w13_input_scale, w2_input_scale: what checkpoints say about the input of each projection, `[E_l, 2]` and
+            `[E_l, 1]`, or None: its static scale, or its second-level scale (then float64).
     """
 
     w13: torch.Tensor
@@ -181,6 +192,10 @@ class ExpertWeights:
     w2_bias: torch.Tensor | None = None
     w13_scale: torch.Tensor | None = None
     w2_scale: torch.Tensor | None = None
+    w13_global_scale: torch.Tensor | None = None
+    w2_global_scale: torch.Tensor | None = None
+    w13_input_scale: torch.Tensor | None = None
+    w2_input_scale: torch.Tensor | None = None
 
 
 @attrs.frozen
@@ -254,6 +269,10 @@ class DispatchCapabilities:
         min_ep_size, max_ep_size: numbers of ranks it can serve; None: no upper limit.
         carries_tokens: tokens of one rank reach experts of another. If not, ep_size > 1 needs replicated tokens.
         output_reduced: `finalize` already sums over the ep ranks.
+        local_if_replicated: where every rank has the same tokens, it moves none and leaves the sum over ranks to the
+            runner, as a backend that carries no tokens does; `output_reduced` then speaks of the other case only.
+        gathers_tokens: every rank gets every rank's tokens and `finalize` sums their rows over the ranks, so that it
+            also serves sequence-parallel ranks that split each expert (tp_size > 1 with sp_size > 1).
         split: the start/receive forms do real work in two halves.
         max_in_flight: handles that may be alive at once per instance; None: any number.
         overlap_safe: shared experts may run between start and receive, or on another stream.
@@ -279,6 +298,8 @@ class DispatchCapabilities:
     max_ep_size: int | None = 1
     carries_tokens: bool = False
     output_reduced: bool = False
+    local_if_replicated: bool = False
+    gathers_tokens: bool = False
     split: bool = False
     max_in_flight: int | None = 1
     overlap_safe: bool = False

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
+from moe_core.builtin.grouped_mm import GROUPED_MM_ALIGNMENT
 from moe_core.builtin.unquantized import UnquantizedMethod
 from moe_core.config import GATED_FUNCTIONS, MODEL_DTYPES, UNGATED_FUNCTIONS, MoEConfig, MoEParallelConfig, Problem
+from moe_core.errors import MoEError
 from moe_core.hookspecs import hookimpl
 from moe_core.quant import QuantScheme
 from moe_core.types import (
@@ -31,12 +33,9 @@ if TYPE_CHECKING:  # the implementations are imported when a factory runs
     from moe_core.builtin.local import LocalPrepareAndFinalize
     from moe_core.builtin.torch_experts import TorchExperts
     from moe_core.builtin.triton_experts import TritonExperts
-    from moe_core.interfaces import Group
+    from moe_core.interfaces import Group, PrepareAndFinalize
 
 moe_core_api = (1, 0)
-
-GROUPED_MM_ALIGNMENT = 8
-"""`F.grouped_mm` wants strides in multiples of 16 bytes: 8 elements of bf16."""
 
 
 def _refuse_torch_experts(problem: Problem) -> str | None:
@@ -67,6 +66,30 @@ LOCAL = DispatchCapabilities(
     overlap_safe=True,
     graph_capturable=True,
     deterministic=True,
+)
+
+
+def _refuse_all_gather(problem: Problem) -> str | None:
+    """Without a bound of T the ranks tell each other their T, and a GPU would have to be waited for."""
+    config, parallel = problem.config, problem.parallel
+    alone = parallel.ep_size == 1 and parallel.tp_size == 1
+    if alone or parallel.tokens_are_replicated or config.max_tokens_per_rank is not None:
+        return None
+    if problem.device.type == "cpu" and not config.cuda_graph:
+        return None
+    return (
+        "max_tokens_per_rank = None: the ranks would have to tell each other their token counts on every step, which "
+        f"waits for the device (device {problem.device.type}, cuda_graph = {config.cuda_graph}); set it in MoEConfig"
+    )
+
+
+ALL_GATHER = attrs.evolve(
+    LOCAL,
+    carries_tokens=True,
+    output_reduced=True,
+    local_if_replicated=True,
+    gathers_tokens=True,
+    refuse=_refuse_all_gather,
 )
 
 TORCH_EXPERTS = ExpertsCapabilities(
@@ -116,6 +139,23 @@ def _make_local(
     return LocalPrepareAndFinalize()
 
 
+def _make_all_gather(
+    config: MoEConfig,
+    parallel: MoEParallelConfig,
+    scheme: QuantScheme,
+    group: Group | None,
+    placement: ExpertPlacement,
+) -> PrepareAndFinalize:
+    if parallel.ep_size * parallel.tp_size == 1 or parallel.tokens_are_replicated:
+        # nobody's tokens are missing anywhere; with several ranks the sum over them is then the runner's
+        return _make_local(config, parallel, scheme, group, placement)
+    if group is None:
+        raise MoEError("dispatch all_gather moves tokens between ranks, and group is None: pass the layer's Group")
+    from moe_core.builtin.all_gather import AllGatherPrepareAndFinalize  # noqa: PLC0415 - only when it is used
+
+    return AllGatherPrepareAndFinalize(group, max_tokens=config.max_tokens_per_rank)
+
+
 def _make_torch_experts(
     config: MoEConfig,
     parallel: MoEParallelConfig,
@@ -143,6 +183,7 @@ def _make_triton_experts(
 @hookimpl
 def moe_core_register_prepare_finalize(register: Callable[..., None]) -> None:
     register("local", _make_local, LOCAL, priority=0)
+    register("all_gather", _make_all_gather, ALL_GATHER, priority=-5)
 
 
 @hookimpl

@@ -5,7 +5,7 @@
 
 from moe_core.checkpoint.consistency import check_experts
 from moe_core.checkpoint.header import TensorInfo
-from moe_core.checkpoint.layouts import RULES, ExpertTensor, LayoutRule, expert_blocks, map_experts
+from moe_core.checkpoint.layouts import RULES, ExpertTensor, LayoutRule, expert_blocks, map_experts, packed_rules
 from moe_core.checkpoint.loading import load_experts
 from moe_core.checkpoint.reader import Checkpoint
 
@@ -19,4 +19,5 @@ __all__ = [
     "expert_blocks",
     "load_experts",
     "map_experts",
+    "packed_rules",
 ]

@@ -82,23 +82,34 @@ class LayoutRule:
         return ExpertTensor(name, found["block"], expert, self.parts[found["part"]], self.transposed, self.interleaved)
 
 
-def _with_bias(parts: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    weights: dict[str, tuple[str, ...]] = {f"{key}.weight": (value,) for key, value in parts.items()}
-    return weights | {f"{key}.bias": (f"{value}_bias",) for key, value in parts.items()}
+def _one_per_projection(name: str, projections: Mapping[str, str], kinds: Mapping[str, str]) -> LayoutRule:
+    """A rule for `BLOCK.experts.N.PROJECTION.SUFFIX`: projection → part, suffix → kind of tensor."""
+    words = f"({'|'.join(projections)})"
+    suffixes = f"({'|'.join(re.escape(suffix) for suffix in kinds)})"
+    return LayoutRule(
+        name=name,
+        pattern=_EXPERT + rf"(?P<part>{words}\.{suffixes})$",
+        parts={f"{p}.{suffix}": (part + kind,) for p, part in projections.items() for suffix, kind in kinds.items()},
+    )
 
+
+_PLAIN_KINDS = {"weight": "", "bias": "_bias"}
+_PROJECTIONS = (
+    (
+        (
+            "one matrix per expert, BLOCK.experts.N.{gate,up,down}_proj.weight (Qwen, DeepSeek, OLMoE, GLM-4, Ernie, "
+            "HunYuan, dots1, Jamba; NemotronH without gate_proj)"
+        ),
+        {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"},
+    ),
+    (
+        "one matrix per expert, BLOCK.experts.N.{w1,w3,w2}.weight (Mixtral, Phi-MoE, MiniMax-M2, LFM2-MoE)",
+        {"w1": "gate", "w3": "up", "w2": "down"},
+    ),
+)
 
 RULES: tuple[LayoutRule, ...] = (
-    LayoutRule(
-        name="one matrix per expert, BLOCK.experts.N.{gate,up,down}_proj.weight (Qwen, DeepSeek, OLMoE, GLM-4, Ernie, "
-        "HunYuan, dots1, Jamba; NemotronH without gate_proj)",
-        pattern=_EXPERT + r"(?P<part>(gate|up|down)_proj\.(weight|bias))$",
-        parts=_with_bias({"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}),
-    ),
-    LayoutRule(
-        name="one matrix per expert, BLOCK.experts.N.{w1,w3,w2}.weight (Mixtral, Phi-MoE, MiniMax-M2, LFM2-MoE)",
-        pattern=_EXPERT + r"(?P<part>w[123]\.(weight|bias))$",
-        parts=_with_bias({"w1": "gate", "w3": "up", "w2": "down"}),
-    ),
+    *(_one_per_projection(name, projections, _PLAIN_KINDS) for name, projections in _PROJECTIONS),
     LayoutRule(
         name="all experts in one, BLOCK.block_sparse_moe.{input,output}_linear.weight (GraniteMoE)",
         pattern=r"^(?P<block>.+\.block_sparse_moe)\.(?P<part>(input|output)_linear\.weight)$",
@@ -128,6 +139,30 @@ RULES: tuple[LayoutRule, ...] = (
     ),
 )
 """The built-in rules, tried in this order."""
+
+
+def packed_rules(suffixes: Mapping[str, str]) -> tuple[LayoutRule, ...]:
+    """Rules for the further tensors of packed projections, beside each `….weight` that `RULES` know.
+
+    Args:
+        suffixes: as in `QuantMethod.checkpoint_suffixes`.
+    """
+    if not suffixes:
+        return ()
+    one_each = (
+        _one_per_projection(f"{', '.join(suffixes)} beside {name}", projections, suffixes)
+        for name, projections in _PROJECTIONS
+    )
+    both = {f"gate_up_proj_{suffix}": (f"gate{kind}", f"up{kind}") for suffix, kind in suffixes.items()}
+    fused = LayoutRule(
+        name=f"all experts in one, BLOCK.experts.{{gate_up,down}}_proj_ and {', '.join(suffixes)} (gpt-oss, packed)",
+        pattern=rf"^{_BLOCK}\.experts\.(?P<part>(gate_up|down)_proj_({'|'.join(map(re.escape, suffixes))}))$",
+        parts=both | {f"down_proj_{suffix}": (f"down{kind}",) for suffix, kind in suffixes.items()},
+        model_types=frozenset({"gpt_oss"}),
+        transposed=True,
+        interleaved=True,
+    )
+    return (*one_each, fused)
 
 
 def map_experts(

@@ -8,45 +8,79 @@ copied. Then only the experts of this rank are read, one after the other: the pe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from moe_core.checkpoint.layouts import RULES, ExpertTensor, LayoutRule, map_experts
+from moe_core.checkpoint.layouts import RULES, ExpertTensor, LayoutRule, map_experts, packed_rules
 from moe_core.checkpoint.reader import Checkpoint
 from moe_core.errors import CheckpointError
+from moe_core.quant import split_part, upright
 from moe_core.routed_experts import RoutedExperts
 
 _PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PARTS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+_WEIGHTS = _PARTS[:3]
 _SHOWN = 5
 
 
 def load_experts(
-    checkpoint: Checkpoint, prefix: str, routed_experts: RoutedExperts, rules: Sequence[LayoutRule] = RULES
+    checkpoint: Checkpoint,
+    prefix: str,
+    routed_experts: RoutedExperts,
+    rules: Sequence[LayoutRule] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Fill a layer's weights and pack them; nothing further is to be done before the first step.
+
+    A packed layer takes packed checkpoints of its scheme as they are. Floating-point ones it quantizes on the way, one
+    expert after the other, if its method was asked for by name and not made from a checkpoint's config.
 
     Args:
         checkpoint: where from.
         prefix: the MoE block's name in the checkpoint, such as "model.layers.0.mlp" (see `expert_blocks`).
-        routed_experts: where to; it decides which experts are read, and how they are split over ranks.
-        rules: how names are mapped.
+        routed_experts: where to; it decides which experts are read, and how they are split over ranks. Only this
+            rank's part of a tensor is read where each expert has tensors of its own.
+        rules: how names are mapped; None: `RULES` and, for a packed layer, what its method calls its scales.
+        progress: called with (experts done, experts of this rank) after each one.
 
     Raises:
-        CheckpointError: no such block, a tensor that no rule maps, a missing or superfluous expert or projection, a
-            wrong shape, or a packed dtype that the layer's quantization method does not read.
+        CheckpointError: no such block, a tensor that no rule maps, a missing or superfluous expert, projection or
+            scale, a wrong shape, or a packed dtype that the layer's quantization method does not read.
     """
+    method = routed_experts.quant_method
+    if rules is None:
+        rules = (*RULES, *packed_rules(method.checkpoint_suffixes))
     tensors = _tensors_of(checkpoint, prefix, rules)
     sources = _index(checkpoint, prefix, tensors, routed_experts)
-    if routed_experts.quant_method.scheme.weight is None:  # a packed format's shapes are known to its method alone
+    if method.scheme.weight is None:  # a packed format's shapes are known to its method alone
         for tensor in tensors:
             _check_shape(checkpoint, tensor, routed_experts)
-    for expert in routed_experts.expert_map.local_experts:
+    own = routed_experts.expert_map.local_experts
+    for done, expert in enumerate(own, 1):
         for tensor in sources[expert]:
-            for part, value in _read(checkpoint, tensor, expert):
-                routed_experts.load_expert(expert, part, value)
+            try:
+                _load(checkpoint, tensor, expert, routed_experts)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{checkpoint.info(tensor.name).file}: tensor {tensor.name!r}: {error}"
+                ) from error
+        if progress is not None:
+            progress(done, len(own))
     routed_experts.pack_weights()
+
+
+def _load(checkpoint: Checkpoint, tensor: ExpertTensor, expert: int, layer: RoutedExperts) -> None:
+    """One tensor of one expert; of a tensor that holds nothing else, only this rank's part is read."""
+    if tensor.expert is None or tensor.transposed or len(tensor.parts) > 1:
+        for part, value in _read(checkpoint, tensor, expert):
+            layer.load_expert(expert, part, value)
+        return
+    part, shape = tensor.parts[0], checkpoint.shape(tensor.name)
+    index = layer.shard_index(part, shape)
+    whole = all(piece == slice(None) for piece in index)
+    value = checkpoint.tensor(tensor.name) if whole else checkpoint.slice(tensor.name)[index]
+    layer.load_expert(expert, part, value, sharded=True)
 
 
 def _tensors_of(checkpoint: Checkpoint, prefix: str, rules: Sequence[LayoutRule]) -> list[ExpertTensor]:
@@ -66,10 +100,13 @@ def _index(
 ) -> dict[int, list[ExpertTensor]]:
     """Global expert → its tensors; complete, and each part once."""
     config = layer.config
-    wanted = ["gate", "up", "down"] if config.activation.gated else ["up", "down"]
+    projections = list(_WEIGHTS) if config.activation.gated else list(_WEIGHTS[1:])
+    method = layer.quant_method
+    plain = method.scheme.weight is None  # a packed scheme's method knows its scales' names itself
+    kinds = method.required_kinds(_is_packed(checkpoint, tensors))
+    wanted = [part + kind for kind in kinds for part in projections]
     if config.activation.bias:
-        wanted += [f"{part}_bias" for part in wanted]
-    plain = layer.quant_method.scheme.weight is None  # a packed scheme's method knows its scales' names itself
+        wanted += [f"{part}_bias" for part in projections]
     seen: dict[tuple[int, str], str] = {}
     sources: dict[int, list[ExpertTensor]] = {expert: [] for expert in range(config.num_experts)}
     for tensor in tensors:
@@ -80,7 +117,7 @@ def _index(
                     f"tensor {tensor.name!r}: expert {expert} of a layer with experts 0 to {config.num_experts - 1}; "
                     "the checkpoint and the layer's config are of different models"
                 )
-            for part in tensor.parts:
+            for part in map(upright, tensor.parts):
                 if part not in wanted and (plain or part in _PARTS):
                     raise CheckpointError(
                         f"tensor {tensor.name!r}: it would be {part!r}, which this layer's activation has not "
@@ -93,14 +130,31 @@ def _index(
                     )
                 seen[expert, part] = tensor.name
             sources[expert].append(tensor)
-    missing = [f"expert {e} {part}" for e in sources for part in wanted if (e, part) not in seen]
+    missing = [(e, part) for e in sources for part in wanted if (e, part) not in seen]
     if missing:
-        shown = ", ".join(missing[:_SHOWN]) + (f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else "")
+        names = [_missing_name(layer, *item, seen) for item in missing]
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
         raise CheckpointError(
             f"{checkpoint.folder}: under {prefix!r} there is no tensor for {shown}; the checkpoint is incomplete, or "
             f"of another model than the layer's config ({config.num_experts} experts)"
         )
     return sources
+
+
+def _is_packed(checkpoint: Checkpoint, tensors: Sequence[ExpertTensor]) -> bool:
+    weights = [tensor for tensor in tensors if tensor.parts[0] in _WEIGHTS]
+    return any(checkpoint.dtype(tensor.name) not in _PLAIN_DTYPES for tensor in weights)
+
+
+def _missing_name(layer: RoutedExperts, expert: int, part: str, seen: dict[tuple[int, str], str]) -> str:
+    """What is missing; of a scale also which names it would have, beside which weight."""
+    projection, kind = split_part(part)
+    names = [name for name, held in layer.quant_method.checkpoint_suffixes.items() if upright(held) == kind]
+    beside = seen.get((expert, projection))
+    if not kind or not names or beside is None:
+        return f"expert {expert} {part}"
+    stem = beside.rpartition(".")[0]
+    return f"expert {expert} {part} ({' or '.join(f'{stem}.{name}' for name in names)})"
 
 
 def _check_shape(checkpoint: Checkpoint, tensor: ExpertTensor, layer: RoutedExperts) -> None:
@@ -131,6 +185,9 @@ def expected_shape(tensor: ExpertTensor, layer: RoutedExperts) -> tuple[int, ...
 
 def _read(checkpoint: Checkpoint, tensor: ExpertTensor, expert: int) -> Iterator[tuple[str, torch.Tensor]]:
     """One expert's parts of one tensor: biases `[I]` or `[H]`, gate and up `[I, H]`, down `[H, I]`."""
+    if not checkpoint.shape(tensor.name):  # one scale for all experts, or for both halves
+        yield from ((part, checkpoint.tensor(tensor.name)) for part in tensor.parts)
+        return
     value = checkpoint.tensor(tensor.name) if tensor.expert is not None else checkpoint.slice(tensor.name)[expert]
     if tensor.transposed and not tensor.is_bias:
         value = value.T

@@ -50,6 +50,37 @@ def test_every_collective_gives_what_the_protocol_says(tmp_path: Path):
         assert "rank done" in out
 
 
+DEAD = """
+import os, sys, torch, torch.distributed as dist
+from datetime import timedelta
+from moe_core import MoEError
+from moe_core.group import TorchGroup
+rank, store = int(sys.argv[1]), sys.argv[2]
+options = {"rank": rank, "world_size": 2, "timeout": timedelta(seconds=5)}
+dist.init_process_group("gloo", init_method=f"file://{store}", **options)
+group = TorchGroup()
+group.barrier()
+if rank == 0:
+    try:
+        group.all_to_all(torch.ones(2, 3), [1, 1], [1, 1])
+    except MoEError as error:
+        print(error, flush=True)
+os._exit(0)
+"""
+
+
+def test_a_rank_whose_peer_died_says_who_it_is_and_what_it_was_in(tmp_path: Path):
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", DEAD, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    survivor, _ = (process.communicate(timeout=60)[0] for process in started)
+    assert survivor.startswith("rank 0 of 2 in all_to_all: ")
+    assert "another rank died, or did not come" in survivor
+
+
 def test_a_group_without_a_process_group_says_what_to_do():
     from moe_core.group import TorchGroup
 

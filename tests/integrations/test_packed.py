@@ -44,6 +44,12 @@ COMMON = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_atte
 def make_config(name: str) -> Any:
     if name == "mixtral":
         return transformers.MixtralConfig(**COMMON, intermediate_size=32, num_local_experts=4)
+    if name == "deepseek_v3":  # shared experts, a dense first layer, projections that are no whole blocks
+        return transformers.DeepseekV3Config(**COMMON | {
+            "num_key_value_heads": 4, "n_routed_experts": 4, "moe_intermediate_size": 32, "intermediate_size": 64,
+            "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "q_lora_rank": 16,
+            "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "head_dim": 8,
+        })  # fmt: skip
     return transformers.Qwen3MoeConfig(**COMMON, intermediate_size=64, moe_intermediate_size=32, num_experts=4)
 
 
@@ -66,7 +72,7 @@ def pack(kind: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torc
             "input_global_scale": torch.tensor([100.0])}, value  # fmt: skip
 
 
-@pytest.fixture(params=["qwen3_moe", "mixtral"])
+@pytest.fixture(params=["qwen3_moe", "mixtral", "deepseek_v3"])
 def written(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """`written(kind)`: (packed folder, folder of the same values in fp32)."""
 
@@ -107,7 +113,7 @@ def test_weight_only_logits_are_those_of_the_dequantized_model(kind, written):
         got, expected = model(ids).logits, truth(ids).logits
     assert float((got - expected).norm() / expected.norm()) <= 1e-5
     experts = [module for name, module in model.named_modules() if name.endswith("experts.packed")]
-    assert len(experts) == 2
+    assert len(experts) == model.config.num_hidden_layers - getattr(model.config, "first_k_dense_replace", 0)
     assert all(module.w13.element_size() == 1 for module in experts)
 
 

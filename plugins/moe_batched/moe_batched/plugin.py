@@ -14,10 +14,10 @@ moe_core_api = (1, 0)
 
 def _refuse(problem: Problem) -> str | None:
     parallel = problem.parallel
-    if parallel.ep_size > 1 and not parallel.tokens_are_replicated:
+    if parallel.ep_size > 1 and not parallel.tokens_are_replicated and problem.config.max_tokens_per_rank is None:
         return (
-            f"ep_size = {parallel.ep_size} with tokens of each rank's own (dp_size = {parallel.dp_size}, sp_size = "
-            f"{parallel.sp_size}): the all-to-all form of batched isn't there yet, only replicated tokens"
+            f"max_tokens_per_rank = None: with tokens of each rank's own (dp_size = {parallel.dp_size}, sp_size = "
+            f"{parallel.sp_size}) the row capacity is max_tokens_per_rank · {parallel.ep_size}; set it in MoEConfig"
         )
     return None
 
@@ -31,6 +31,9 @@ BATCHED = DispatchCapabilities(
     accepts_duplicate_ids=True,
     placements=frozenset(ExpertPlacement),
     max_ep_size=None,
+    carries_tokens=True,
+    output_reduced=True,
+    local_if_replicated=True,
     max_in_flight=None,
     overlap_safe=True,
     graph_capturable=True,
@@ -40,10 +43,9 @@ BATCHED = DispatchCapabilities(
 
 
 def _make(config: MoEConfig, parallel: MoEParallelConfig, scheme: Any, group: Any, placement: Any) -> Any:
-    from moe_batched.prepare_finalize import BatchedPrepareAndFinalize  # noqa: PLC0415 - only when it is used
+    from moe_batched.all_to_all import make  # noqa: PLC0415 - only when it is used
 
-    num_local_experts = Problem(config=config, parallel=parallel).num_local_experts
-    return BatchedPrepareAndFinalize(num_local_experts, max_tokens=config.max_tokens_per_rank)
+    return make(config, parallel, group, placement)
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-"""Tokens to `[E_l, C, H]` and back, on one rank.
+"""Tokens to `[E_l, C, H]` and back, on one rank. `all_to_all.py` puts an exchange between ranks around it.
 
 Shape letters: T tokens on this rank · H hidden · E experts, global · E_l local experts · K top-k · C row capacity per
 local expert.
@@ -100,17 +100,7 @@ class BatchedPrepareAndFinalize(PrepareAndFinalize):
             used = "one that was consumed" if isinstance(handle, BatchedHandle) else repr(handle)
             raise MoEError(f"dispatch batched: finalize got {used}; it takes the handle of one prepare, exactly once")
         handle.consumed = True
-        if out.numel() == 0:
-            return
-        rows = expert_out.flatten(0, 1)
-        # A choice without a row reads row 0, and what it reads is replaced: NaN · 0 would be NaN.
-        place = handle.place.masked_fill(~handle.kept, 0)
-        weights = routing.topk_weights.masked_fill(~handle.kept, 0.0)
-        total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
-        for k in range(place.shape[1]):
-            term = rows.index_select(0, place[:, k]).float().masked_fill_(~handle.kept[:, k : k + 1], 0.0)
-            total.addcmul_(term, weights[:, k : k + 1])
-        out.copy_(total)
+        weigh_and_sum(expert_out.flatten(0, 1), handle.place, handle.kept, routing.topk_weights, out)
 
     def release(self, handle: object) -> None:
         """An exception came between `prepare` and `finalize`: no buffer is pooled, so only the handle is closed."""
@@ -181,3 +171,30 @@ class BatchedPrepareAndFinalize(PrepareAndFinalize):
         if self.status is None or self.status.device != counts.device:
             self.status = torch.zeros(1, dtype=torch.int32, device=counts.device)
         self.status += (counts - capacity).clamp(min=0).sum(dtype=torch.int32)
+
+
+def weigh_and_sum(
+    rows: torch.Tensor, place: torch.Tensor, kept: torch.Tensor, topk_weights: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Weigh and sum in fp32, in the order of K, and round once.
+
+    Args:
+        rows: `[N, H]`, raw rows of experts; those that no choice points at may hold NaN.
+        place: int64 `[T, K]`, the row of each choice; anything where `kept` is False.
+        kept: bool `[T, K]`, the choice has a row.
+        topk_weights: float32 `[T, K]`; anything where `kept` is False.
+        out: `[T, H]`, written whole; tokens without a row get zeros.
+    """
+    if out.numel() == 0:
+        return
+    if rows.shape[0] == 0:  # nobody here has a row, and there is none to read instead
+        out.zero_()
+        return
+    # A choice without a row reads row 0, and what it reads is replaced: NaN · 0 would be NaN.
+    place = place.masked_fill(~kept, 0)
+    weights = topk_weights.masked_fill(~kept, 0.0)
+    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    for k in range(place.shape[1]):
+        term = rows.index_select(0, place[:, k]).float().masked_fill_(~kept[:, k : k + 1], 0.0)
+        total.addcmul_(term, weights[:, k : k + 1])
+    out.copy_(total)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import attrs
 import pytest
 import torch
 
@@ -58,13 +59,15 @@ def test_local_wins_unless_it_is_asked_for() -> None:
     assert moe_core.plan(CONFIG, device="cpu").dispatch.name == "local"
 
 
-def test_tokens_of_each_ranks_own_are_refused() -> None:
+def test_between_ranks_it_wants_to_know_the_most_tokens() -> None:
     refuse = plugin.BATCHED.refuse
     assert refuse is not None
+    own_tokens = MoEParallelConfig.fold(dp_size=2, expert_parallel=True)
     assert refuse(Problem(config=CONFIG, parallel=MoEParallelConfig(ep_size=2))) is None
-    reason = refuse(Problem(config=CONFIG, parallel=MoEParallelConfig(ep_size=2, dp_size=2)))
+    reason = refuse(Problem(config=CONFIG, parallel=own_tokens))
     assert reason is not None
-    assert "all-to-all form of batched isn't there yet" in reason
+    assert "the row capacity is max_tokens_per_rank · 2; set it in MoEConfig" in reason
+    assert refuse(Problem(config=attrs.evolve(CONFIG, max_tokens_per_rank=8), parallel=own_tokens)) is None
 
 
 def test_its_declaration_imports_nothing_heavy() -> None:

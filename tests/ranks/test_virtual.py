@@ -1,0 +1,141 @@
+"""Virtual ranks: what the collectives give, and what becomes of faults."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from moe_core.testing import Faults, RankDropped, RankFault, run_on_ranks
+
+
+def everything(group):
+    """Every collective once; the results as lists."""
+    rank, size = group.rank, group.size
+    total = group.all_reduce(torch.full((2,), float(rank + 1)))
+    gathered = group.all_gather(torch.full((rank, 2), float(rank)), sizes=list(range(size)))
+    mine = group.reduce_scatter(torch.arange(float(sum(range(size)))) + rank, sizes=list(range(size)))
+    sent = [(rank + to) % 3 for to in range(size)]
+    received = [(rank + source) % 3 for source in range(size)]
+    rows = torch.cat([torch.full((n, 1), float(10 * rank + to)) for to, n in enumerate(sent)])
+    exchanged = group.all_to_all(rows, sent, received)
+    group.barrier()
+    return total.tolist(), gathered[:, 0].tolist(), mine.tolist(), exchanged.flatten().tolist()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("faults", [Faults(), Faults(jitter=0.003, seed=7), Faults(delay={0: 0.01})], ids=str)
+def test_every_collective_gives_what_the_protocol_says(size, faults):
+    first = 0
+    for rank, (total, gathered, mine, exchanged) in enumerate(run_on_ranks(size, everything, faults=faults)):
+        assert total == [size * (size + 1) / 2] * 2
+        assert gathered == [float(r) for r in range(size) for _ in range(r)]
+        assert mine == [size * (first + i) + sum(range(size)) for i in range(rank)]
+        assert exchanged == [float(10 * source + rank) for source in range(size) for _ in range((rank + source) % 3)]
+        first += rank
+
+
+def test_sums_are_taken_in_rank_order_whoever_comes_first():
+    values = torch.tensor([1e8, 1.0, -1e8, 1.0])  # another order gives another float32
+
+    def work(group):
+        return group.all_reduce(values[group.rank].clone().view(1)).item()
+
+    expected = (values[0] + values[1] + values[2] + values[3]).item()
+    for seed in range(3):
+        assert run_on_ranks(4, work, faults=Faults(jitter=0.005, seed=seed)) == [expected] * 4
+
+
+def test_inputs_are_not_written_and_results_are_each_ranks_own():
+    def work(group):
+        mine = torch.ones(3)
+        total = group.all_reduce(mine)
+        total += 1
+        group.barrier()
+        return mine.tolist(), total.tolist()
+
+    assert run_on_ranks(2, work) == [([1.0] * 3, [3.0] * 3)] * 2
+
+
+def test_a_dropped_rank_is_named_with_the_stage_within_the_timeout():
+    def finalize(group):
+        return group.all_reduce(torch.ones(1))
+
+    def work(group):
+        group.barrier()
+        return finalize(group)
+
+    started = time.monotonic()
+    first, dropped, third = run_on_ranks(3, work, faults=Faults(drop={1: 1}), timeout_s=0.3, return_errors=True)
+    assert time.monotonic() - started < 5
+    assert isinstance(dropped, RankDropped)
+    for rank, error in ((0, first), (2, third)):
+        assert isinstance(error, RankFault)
+        text = str(error)
+        assert text.startswith(f"rank {rank} waits in finalize: rank 1 did not come to all_reduce"), text
+        assert "(collective 1) within 0.3 s" in text
+
+
+def test_an_error_of_one_rank_ends_the_others_at_once_and_is_what_is_raised():
+    def work(group):
+        if group.rank == 1:
+            raise KeyError("mine")
+        group.barrier()
+
+    started = time.monotonic()
+    with pytest.raises(KeyError, match="mine"):
+        run_on_ranks(3, work)
+    first, *_ = run_on_ranks(3, work, return_errors=True)
+    assert str(first).startswith("rank 0 waits in work: rank")
+    assert str(first).endswith("did not come to barrier (collective 0): rank 1 ended with KeyError: 'mine'")
+    assert time.monotonic() - started < 5
+
+
+def test_collectives_out_of_order_are_named():
+    def work(group):
+        if group.rank == 0:
+            return group.all_reduce(torch.ones(2))
+        return group.barrier()
+
+    errors = run_on_ranks(2, work, return_errors=True)
+    assert any("out of order: as collective 0" in str(error) for error in errors)
+    assert all(isinstance(error, RankFault) for error in errors)
+
+
+def test_rows_that_do_not_add_up_are_refused():
+    def work(group):
+        return group.all_to_all(torch.ones(3, 1), [1, 1], [1, 1])
+
+    with pytest.raises(ValueError, match=r"all_to_all on rank 0: 3 rows, but send = \[1, 1\] says 2"):
+        run_on_ranks(2, work)
+
+
+def test_a_subgroup_is_a_group_of_its_own():
+    def work(group):
+        pair = group.subgroup([0, 1] if group.rank < 2 else [2, 3])
+        return pair.rank, pair.size, pair.all_reduce(torch.tensor([float(group.rank)])).item()
+
+    assert run_on_ranks(4, work) == [(0, 2, 1.0), (1, 2, 1.0), (0, 2, 5.0), (1, 2, 5.0)]
+
+
+def test_the_store_is_shared_counts_and_waits():
+    def work(group):
+        number = group.store.add("arrivals", 1)
+        if group.rank == 0:
+            time.sleep(0.02)
+            group.store.set("word", b"x")
+        return number, group.store.get("word")
+
+    results = run_on_ranks(3, work)
+    assert sorted(number for number, _ in results) == [1, 2, 3]
+    assert {word for _, word in results} == {b"x"}
+    with pytest.raises(TimeoutError, match=r"\['never'\] were not set within 0.05 s"):
+        run_on_ranks(1, lambda group: group.store.get("never"), timeout_s=0.05)
+
+
+def test_no_thread_is_left():
+    before = threading.active_count()
+    run_on_ranks(4, everything)
+    assert threading.active_count() == before
