@@ -28,8 +28,8 @@ demo: setup  ## write small real checkpoints, run them through plugins, compare 
 
 test: lint types pytest  ## everything that must be green: lint, types, import contracts, tests
 
-test-all:  ## the same, with the tests marked `full`
-	$(MAKE) --no-print-directory test MARKS='full or not full'
+test-all:  ## the same with the tests marked `full` and every format's library, in .venv-all
+	$(MAKE) --no-print-directory test MARKS='full or not full' EXTRAS=$(EXTRAS),torchao VENV=.venv-all
 
 test-oldest:  ## the tests with the oldest supported torch and transformers, in .venv-oldest
 	$(MAKE) --no-print-directory pytest VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
@@ -54,7 +54,7 @@ bench: setup  ## our experts beside those of transformers, on the CPU
 	$(BIN)/python benchmarks/experts_cpu.py
 
 clean:  ## remove the virtual environments and every cache
-	rm -rf .venv .venv-oldest .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-all .venv-oldest .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- set-up

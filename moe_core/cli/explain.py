@@ -33,7 +33,11 @@ def explain(source: Path, dispatch: str | None, experts: str | None, device: str
         output.note(reading.note)
     from moe_core.integrations.transformers import layer_plans  # noqa: PLC0415 - needs transformers
 
-    plans = layer_plans(config, dispatch=dispatch, experts=experts, device=described_device(device))
+    if reading.scheme:
+        config.quantization_config = None  # planned in its scheme, as `run` will
+    plans = layer_plans(
+        config, dispatch=dispatch, experts=experts, device=described_device(device), scheme=reading.scheme or None
+    )
     if as_json:
         groups = [group.to_dict() for group in group_plans(plans)]
         output.emit_json({"source": str(source), "model_type": config.model_type, "groups": groups})

@@ -159,20 +159,9 @@ def _ask_plugins(config: Mapping[str, Any]) -> tuple[Reading | None, list[str]]:
         if isinstance(answer, str):
             declined.append(f"{entry.scheme} ({entry.plugin}): {answer}")
             continue
-        _check_quantizer(_method(config), entry.plugin)
         return Reading(
-            f"format {_method(config)}: read by scheme {entry.scheme} of {entry.plugin}", "", entry.scheme
+            f"format {_method(config)}: experts stay packed, in scheme {answer.scheme.name} of {entry.plugin}",
+            "",
+            answer.scheme.name,
         ), []
     return None, declined
-
-
-def _check_quantizer(method: str, plugin: str) -> None:
-    """transformers loads the model around the experts; a method that it doesn't know it would skip with a warning."""
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING  # noqa: PLC0415 - an extra
-
-    if method not in AUTO_QUANTIZER_MAPPING:
-        raise UnsupportedError(
-            f"format {method}: {plugin} reads the experts, but transformers has no quantizer of that name, and would "
-            "load the rest of the model without its scales; use the library directly (moe_core.checkpoint), or a "
-            "version of the plugin that registers one"
-        )

@@ -44,6 +44,7 @@ class LoadedModel:
         tokenizer: None where the folder has none.
         plans: experts module → its plan.
         theirs, ours: what `set_experts_implementation` takes to switch to transformers' own experts, and back to ours.
+            `theirs` is empty where transformers has none for these weights.
         notes: what the user was told while it was loaded.
     """
 
@@ -148,6 +149,10 @@ def load_model(folder: Path, options: LoadOptions) -> LoadedModel:
     notes += [reading.note] if reading.note else []
     from moe_core.integrations.transformers import attach, layer_plans  # noqa: PLC0415 - needs transformers
 
+    if reading.scheme:
+        for line in notes:
+            output.note(line)
+        return _load_packed(folder, config, options, notes)
     if not options.trust_remote_code:  # a plan that can't be made is refused before gigabytes are read
         config.dtype = options.dtype or config.dtype
         layer_plans(config, dispatch=options.dispatch, experts=options.experts, device=options.device)
@@ -159,6 +164,28 @@ def load_model(folder: Path, options: LoadOptions) -> LoadedModel:
     theirs = model.get_experts_implementation()
     plans = attach(model, dispatch=options.dispatch, experts=options.experts)
     return LoadedModel(folder, model, _tokenizer(folder), plans, theirs, model.get_experts_implementation(), notes)
+
+
+def _load_packed(folder: Path, config: Any, options: LoadOptions, notes: list[str]) -> LoadedModel:
+    """A checkpoint that a plugin reads: dense layers dequantized while they load, experts packed as they are stored."""
+    from moe_core.integrations.transformers import packed  # noqa: PLC0415 - needs transformers
+
+    arguments: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    if options.device.type != "cpu":
+        arguments["device_map"] = str(options.device)  # layers are planned for where they are
+    output.note("loading the weights …")
+    with output.progress_bars_of_transformers(), _LoadReport():
+        model, info = packed.from_pretrained(
+            folder,
+            dispatch=options.dispatch,
+            experts=options.experts,
+            auto_class=_model_class(config),
+            dtype=options.dtype or "auto",
+            **arguments,
+        )
+    _check_loading(folder, {**info, "mismatched_keys": info.get("mismatched_keys") or ()})
+    ours = model.get_experts_implementation()
+    return LoadedModel(folder, model.eval(), _tokenizer(folder), packed.packed_plans(model), {}, ours, notes)
 
 
 def _model_class(config: Any) -> Any:

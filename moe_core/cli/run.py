@@ -63,6 +63,11 @@ def run(
         trust_remote_code=trust_remote_code,
     )
     loaded = load_model(folder, options)
+    if comparing and not loaded.theirs:
+        raise ValueError(
+            "--compare: the experts stay packed, and transformers has none of its own for such weights; "
+            "run without --compare"
+        )
     ids = _prompt(loaded, prompt, prompt_ids)
     if not as_json:
         output.emit(explain_plans(loaded.plans))

@@ -135,3 +135,30 @@ def test_a_format_that_nobody_reads_is_refused_before_loading(written):
         packed.from_pretrained(folder)
     with pytest.raises(UnsupportedError, match="no quantization_config"):
         packed.from_pretrained(plain)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_command_line_runs_and_explains_it_packed(kind, written):
+    testing = pytest.importorskip("click.testing")
+    from moe_core.cli.app import app
+
+    folder, _ = written(kind)
+
+    def said(*arguments: str) -> Any:
+        done = testing.CliRunner().invoke(app, [*arguments, "--json"])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    ran = said("run", str(folder), "--dtype", "float32", "--prompt-ids", "3,4,5,6", "--max-new-tokens", "4")
+    model = packed.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor([[3, 4, 5, 6]])
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)[0, 4:].tolist()
+    assert ran["tokens"] == expected[: len(ran["tokens"])]
+    assert any("experts stay packed" in note for note in ran["notes"])
+    schemes = {group["plan"]["layer"]["scheme"] for group in ran["groups"]}
+    assert schemes <= {"fp8_block", "fp8_channel", "fp8_tensor", "nvfp4", "nvfp4_w4a4"}
+    explained = said("explain", str(folder))
+    assert {group["plan"]["layer"]["scheme"] for group in explained["groups"]} == schemes
+    refused = testing.CliRunner().invoke(app, ["run", str(folder), "--compare"])
+    assert refused.exit_code == 1
+    assert "transformers has none of its own for such weights" in refused.output

@@ -79,6 +79,7 @@ def layer_plans(
     dispatch: str | None = None,
     experts: str | None = None,
     device: torch.device | str | Device | None = None,
+    scheme: str | None = None,
 ) -> dict[str, Plan]:
     """What `attach` would answer for a model of this config. Loads no weights: the model is made on the meta device.
 
@@ -86,6 +87,7 @@ def layer_plans(
         config: a transformers config.
         dispatch, experts: names of backends to insist on; None: selection decides.
         device: where it will run, also one that is not here; None: "cuda" where there is one, else "cpu".
+        scheme: the quantization scheme that the experts stay packed in; None: unquantized.
 
     Returns:
         module name → plan.
@@ -106,7 +108,7 @@ def layer_plans(
     plans: dict[str, Plan] = {}
     for name, module in check_architecture(model).items():
         top_k = top_k_of(model, name)
-        request = Request(dispatch, experts)
+        request = Request(dispatch, experts, scheme=scheme)
         plan = _named(name, functools.partial(make_plan, module, top_k or 1, request, where))
         plans[name] = with_notes(plan, *notes, *((_UNKNOWN_TOP_K,) if top_k is None else ()))
     return plans

@@ -36,6 +36,7 @@ from moe_core.kernel import MoEKernel
 from moe_core.packed import PackedMethod
 from moe_core.quant import upright
 from moe_core.routed_experts import RoutedExperts
+from moe_core.select import Plan
 from moe_core.types import Routing
 
 METHOD = "moe_core"
@@ -202,7 +203,7 @@ def _experts_of(model: Any, name: str, module: Any, config: PackedConfig) -> Rou
     if isinstance(activation, str) or top_k is None:
         raise UnsupportedError(f"{name}: {activation if top_k is not None else 'its top-k is not known'}; not packed")
     layer = MoEConfig(
-        num_experts=module.num_experts, top_k=min(top_k, module.num_experts), hidden_size=hidden,
+        num_experts=module.num_experts, top_k=top_k, hidden_size=hidden,
         intermediate_size=inner, dtype=model.dtype, activation=activation,
     )  # fmt: skip
     method, device = config.method, model.device
@@ -211,6 +212,12 @@ def _experts_of(model: Any, name: str, module: Any, config: PackedConfig) -> Rou
     experts = RoutedExperts(chosen, method, device)
     experts.kernel = MoEKernel(chosen)  # type: ignore[assignment]
     return experts
+
+
+def packed_plans(model: torch.nn.Module) -> dict[str, Plan]:
+    """Experts module → its plan, of a model that `from_pretrained` made."""
+    modules: dict[str, Any] = dict(experts_modules(model))
+    return {name: module.packed.kernel.plan for name, module in modules.items()}
 
 
 def packed_forward(

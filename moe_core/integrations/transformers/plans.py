@@ -21,11 +21,12 @@ from moe_core.types import Device, GateUpLayout
 
 @attrs.frozen
 class Request:
-    """What the user insists on: backends by name (None: selection decides), and debug mode."""
+    """What is asked: backends by name (None: selection decides), debug mode, and the scheme of packed experts."""
 
     dispatch: str | None = None
     experts: str | None = None
     debug: bool = False
+    scheme: str | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -87,6 +88,7 @@ def make_plan(
         return _plan_unfused(module, top_k, request, device, gate)
     return plan_layer(
         config_of(module, top_k, gate, request.debug),
+        scheme=request.scheme,
         dispatch=request.dispatch,
         experts=request.experts,
         device=device,
