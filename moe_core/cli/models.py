@@ -32,6 +32,7 @@ class LoadOptions:
     dtype: torch.dtype | None = None
     device: torch.device = attrs.field(factory=lambda: torch.device("cpu"))
     trust_remote_code: bool = False
+    debug: bool = False
 
 
 @attrs.define
@@ -162,7 +163,7 @@ def load_model(folder: Path, options: LoadOptions) -> LoadedModel:
     with output.progress_bars_of_transformers():
         model = _read_weights(folder, config, options, formats.transformers_config(reading))
     theirs = model.get_experts_implementation()
-    plans = attach(model, dispatch=options.dispatch, experts=options.experts)
+    plans = attach(model, dispatch=options.dispatch, experts=options.experts, debug=options.debug)
     return LoadedModel(folder, model, _tokenizer(folder), plans, theirs, model.get_experts_implementation(), notes)
 
 

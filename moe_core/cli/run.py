@@ -34,6 +34,7 @@ COMPARED_ROUNDS = 3
 @click.option("--dtype", type=click.Choice(sorted(DTYPES)), help="Default: the checkpoint's own.")
 @click.option("--device", metavar="DEVICE", help="cpu or cuda. Default: cuda where there is one.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint folder brings.")
+@click.option("--debug", is_flag=True, help="Check expert ids and shapes on every step; slower.")
 @json_option
 def run(
     folder: Path,
@@ -46,6 +47,7 @@ def run(
     dtype: str | None,
     device: str | None,
     trust_remote_code: bool,
+    debug: bool,
     as_json: bool,
 ) -> None:
     """Load a Hugging Face checkpoint folder, run its MoE blocks through plugins, and generate greedily.
@@ -61,6 +63,7 @@ def run(
         dtype=DTYPES[dtype] if dtype else None,
         device=target,
         trust_remote_code=trust_remote_code,
+        debug=debug,
     )
     loaded = load_model(folder, options)
     if comparing and not loaded.theirs:

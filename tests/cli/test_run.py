@@ -58,6 +58,12 @@ def test_backends_can_be_insisted_on(checkpoints, invoke, refused):
     assert "unknown experts 'nonsense'" in refused("run", checkpoints("Mixtral"), "--experts", "nonsense")
 
 
+def test_debug_mode_runs_the_same(checkpoints, invoke):
+    arguments = ["run", str(checkpoints("Mixtral")), "--prompt-ids", "3,4,5", "--max-new-tokens", "3", "--json"]
+    plain, checked = (json.loads(invoke(*arguments, *more).stdout) for more in ((), ("--debug",)))
+    assert plain["tokens"] == checked["tokens"]
+
+
 def test_sampling_settings_of_the_folder_do_not_matter(copied, checkpoints, invoke):
     folder = copied()
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 9.0, "top_k": 3}))

@@ -269,3 +269,12 @@ def test_supported_architectures_are_read_from_the_installed_transformers():
     assert len(found) >= 50
     assert {"mixtral", "deepseek_v3", "gpt_oss", "qwen3_moe"} <= set(found)
     assert not {"llama4", "jetmoe", "longcat_flash"} & set(found)
+
+
+def test_debug_mode_checks_ids_on_the_step(tiny):
+    one = tiny("mixtral")
+    bridge.attach(one.model, debug=True)
+    module = one.experts[0]
+    x, weights = torch.randn(2, module.down_proj.shape[1]), torch.ones(2, 2)
+    with pytest.raises(ValueError, match=r"topk_ids range from -7 to 1; legal ids are -1 to num_experts - 1"):
+        module(x, torch.tensor([[0, 1], [-7, 1]]), weights)
