@@ -56,10 +56,16 @@ class EmulatedExperts(Experts):
         """See `Experts.apply`. Choices of the same expert in one row are computed one by one and add up."""
         if out.numel() == 0:
             return
+        received = dispatched.x
+        quantized = dispatched.x_scale is not None
+        if dispatched.x_scale is not None:
+            assert self._activation is not None, "a quantized payload comes with its spec"
+            received = formats.dequantize(dispatched.x, dispatched.x_scale, self._activation)
         if dispatched.tokens_per_expert is not None:
             for expert, count in enumerate(dispatched.tokens_per_expert.tolist()):
                 if count:
-                    out[expert, :count] = self._run(dispatched.x[expert, :count], expert, weights).to(out.dtype)
+                    y = self._run(received[expert, :count], expert, weights, quantized)
+                    out[expert, :count] = y.to(out.dtype)
             return
         ids, router_weights = dispatched.topk_ids, dispatched.topk_weights
         assert ids is not None and router_weights is not None, "STANDARD format comes with ids and weights"
@@ -71,11 +77,11 @@ class EmulatedExperts(Experts):
             row, choice = torch.where(ids == expert)
             if not row.shape[0]:
                 continue
-            x, scale = dispatched.x[row], router_weights[row, choice].to(torch.float32).unsqueeze(-1)
+            x, scale = received[row], router_weights[row, choice].to(torch.float32).unsqueeze(-1)
             if self._weight_on_input:
                 y = self._run((x * scale).to(x.dtype), expert, weights)
             else:
-                y = self._run(x, expert, weights) * scale
+                y = self._run(x, expert, weights, quantized) * scale
             if total.device.type == "cpu":
                 total.index_add_(0, row, y)
                 continue
@@ -84,11 +90,11 @@ class EmulatedExperts(Experts):
                 total.index_add_(0, row[mine], y[mine])
         out.copy_(total)
 
-    def _run(self, x: torch.Tensor, expert: int, weights: ExpertWeights) -> torch.Tensor:
-        """`[N, H]` through one expert → `[N, H]` fp32."""
+    def _run(self, x: torch.Tensor, expert: int, weights: ExpertWeights, quantized: bool = False) -> torch.Tensor:
+        """`[N, H]` through one expert → `[N, H]` fp32. `quantized`: the dispatch has quantized x already."""
         w13, w2 = self._matrices(weights, expert)
         layout = weights.gate_up_layout
-        h = self._first_gemm(x, w13, expert, weights)
+        h = x.to(torch.float32) @ w13.T if quantized else self._first_gemm(x, w13, expert, weights)
         if weights.w13_bias is not None:
             h = h + weights.w13_bias[expert].to(torch.float32)
         act = activation_reference(h, attrs.evolve(self._config.activation, gate_up_layout=layout))

@@ -165,7 +165,8 @@ class MoEKernel:
                 dispatched = _redirect_dropped(dispatched)
             expert_out = self.prepare_finalize.expert_output(dispatched, flight.out)
             if expert_out is None:
-                expert_out = dispatched.x.new_empty(dispatched.x.shape, dtype=flight.out.dtype)
+                shape = (*dispatched.x.shape[:-1], flight.out.shape[-1])  # a packed payload has another last extent
+                expert_out = dispatched.x.new_empty(shape, dtype=flight.out.dtype)
             if dispatched.x.numel():
                 workspaces = self._workspaces(index, rows, dispatched.x.device)
                 self.experts[index].apply(dispatched, weights, workspaces, expert_out)

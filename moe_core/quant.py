@@ -44,6 +44,11 @@ class QuantSpec:
     dynamic: bool = False
     second_level: bool = False
 
+    @property
+    def row_wise(self) -> bool:
+        """A row's elements and scales follow from that row alone, so it may be quantized before it is dispatched."""
+        return self.dynamic and self.group_shape[0] == 1 and not self.second_level
+
 
 @attrs.frozen
 class QuantScheme:

@@ -19,6 +19,7 @@ from moe_core.interfaces import Candidate
 from moe_core.quant import QuantScheme
 from moe_core.types import (
     MODEL_DTYPE_PAYLOAD,
+    ROW_WISE_PAYLOAD,
     ActivationFormat,
     DispatchCapabilities,
     Duty,
@@ -287,8 +288,11 @@ def _layout(problem: Problem, e: ExpertsCandidate) -> str:
 def _payload(problem: Problem, d: DispatchCandidate, e: ExpertsCandidate) -> str | None:
     """The scheme's own payload where both can, else the model dtype where both can, else None."""
     both = d.capabilities.payloads & e.capabilities.payloads
-    if problem.scheme.activation is not None and problem.scheme.name in both:
-        return problem.scheme.name
+    name, activation = problem.scheme.name, problem.scheme.activation
+    if activation is not None and name in e.capabilities.payloads:
+        row_wise = activation.row_wise and ROW_WISE_PAYLOAD in d.capabilities.payloads
+        if row_wise or name in both:
+            return name
     return MODEL_DTYPE_PAYLOAD if MODEL_DTYPE_PAYLOAD in both else None
 
 

@@ -96,6 +96,10 @@ MODEL_DTYPE_PAYLOAD = "model dtype"
 """The payload of a plan whose rows travel unquantized. Every other payload is the name of a quantization scheme."""
 
 
+ROW_WISE_PAYLOAD = "row-wise schemes"
+"""Of a dispatch: it quantizes rows by `formats`, in any scheme whose activations are quantized row by row."""
+
+
 @attrs.frozen
 class Availability:
     """A probe's answer. `reason` is one line that a user can act on, empty when `ok`."""
@@ -257,7 +261,7 @@ class DispatchCapabilities:
         activation_format: the format that `prepare` produces.
         dtypes: model dtypes that it can carry.
         device_types: torch device types it runs on.
-        payloads: what can be on the wire: `MODEL_DTYPE_PAYLOAD` and names of quantization schemes.
+        payloads: what can be on the wire: `MODEL_DTYPE_PAYLOAD`, names of quantization schemes, `ROW_WISE_PAYLOAD`.
         owns: the duties (see `Duty`) that its finalize does.
         id_dtype: the dtype that expert ids are cast to, once, before `prepare`; None: takes int32 and int64.
         accepts_dropped_ids: takes -1. If not, the core redirects -1 to a valid id with weight 0.

@@ -25,7 +25,8 @@ from moe_batched.prepare_finalize import BatchedHandle, BatchedPrepareAndFinaliz
 from moe_core.config import MoEConfig, MoEParallelConfig, Problem
 from moe_core.errors import CapacityError, MoEError
 from moe_core.interfaces import Group, PrepareAndFinalize
-from moe_core.types import MODEL_DTYPE_PAYLOAD, Dispatched, ExpertPlacement, Routing
+from moe_core.quant import UNQUANTIZED, QuantScheme
+from moe_core.types import Dispatched, ExpertPlacement, Routing
 
 _ALIGNMENT = 16
 """Bytes. Rows, and the ids behind them, start at multiples of this."""
@@ -84,6 +85,7 @@ class AllToAllPrepareAndFinalize(PrepareAndFinalize):
         top_k: K.
         max_tokens: M.
         exact: send what there is, after telling each other the counts; None: on a CPU.
+        scheme: of the layer. Rows travel in the model dtype; the receiving rank quantizes each once, where it packs it.
     """
 
     def __init__(
@@ -96,13 +98,14 @@ class AllToAllPrepareAndFinalize(PrepareAndFinalize):
         top_k: int,
         max_tokens: int,
         exact: bool | None = None,
+        scheme: QuantScheme = UNQUANTIZED,
     ) -> None:
         self.group = group
         self.num_experts = num_experts
         self.placement = placement
         self.max_tokens = max_tokens
         self.exact = exact
-        self.local = BatchedPrepareAndFinalize(num_local_experts, max_tokens=max_tokens * group.size)
+        self.local = BatchedPrepareAndFinalize(num_local_experts, max_tokens=max_tokens * group.size, scheme=scheme)
         self._most_owed = max_tokens * min(top_k, -(-num_experts // group.size))
 
     def prepare(
@@ -119,8 +122,6 @@ class AllToAllPrepareAndFinalize(PrepareAndFinalize):
         Raises:
             CapacityError: T is above `max_tokens`.
         """
-        if payload != MODEL_DTYPE_PAYLOAD:
-            raise MoEError(f"dispatch batched was given payload = {payload!r}; it carries only {MODEL_DTYPE_PAYLOAD!r}")
         tokens, size = hidden_states.shape[0], self.group.size
         if tokens > self.max_tokens:
             raise CapacityError(
@@ -277,13 +278,17 @@ class _Choices:
 
 
 def make(
-    config: MoEConfig, parallel: MoEParallelConfig, group: Group | None, placement: ExpertPlacement
+    config: MoEConfig,
+    parallel: MoEParallelConfig,
+    scheme: QuantScheme,
+    group: Group | None,
+    placement: ExpertPlacement,
 ) -> PrepareAndFinalize:
     """The form that a layer needs: without an exchange where every rank has all of its tokens already."""
     num_local_experts = Problem(config=config, parallel=parallel).num_local_experts
     most = config.max_tokens_per_rank
     if parallel.ep_size == 1 or parallel.tokens_are_replicated:
-        return BatchedPrepareAndFinalize(num_local_experts, max_tokens=most)
+        return BatchedPrepareAndFinalize(num_local_experts, max_tokens=most, scheme=scheme)
     if group is None or most is None:
         raise MoEError(f"dispatch batched between ranks: group = {group}, max_tokens_per_rank = {most}; pass both")
     return AllToAllPrepareAndFinalize(
@@ -293,6 +298,7 @@ def make(
         num_local_experts=num_local_experts,
         top_k=config.top_k,
         max_tokens=most,
+        scheme=scheme,
     )
 
 

@@ -7,7 +7,14 @@ from typing import Any
 
 from moe_core.config import MODEL_DTYPES, MoEConfig, MoEParallelConfig, Problem
 from moe_core.hookspecs import hookimpl
-from moe_core.types import BATCHED_FINALIZE_DUTIES, ActivationFormat, DispatchCapabilities, ExpertPlacement
+from moe_core.types import (
+    BATCHED_FINALIZE_DUTIES,
+    MODEL_DTYPE_PAYLOAD,
+    ROW_WISE_PAYLOAD,
+    ActivationFormat,
+    DispatchCapabilities,
+    ExpertPlacement,
+)
 
 moe_core_api = (1, 0)
 
@@ -26,6 +33,7 @@ BATCHED = DispatchCapabilities(
     activation_format=ActivationFormat.BATCHED,
     dtypes=frozenset(MODEL_DTYPES),
     device_types=frozenset({"cpu", "cuda"}),
+    payloads=frozenset({MODEL_DTYPE_PAYLOAD, ROW_WISE_PAYLOAD}),
     owns=BATCHED_FINALIZE_DUTIES,
     accepts_dropped_ids=True,
     accepts_duplicate_ids=True,
@@ -45,7 +53,7 @@ BATCHED = DispatchCapabilities(
 def _make(config: MoEConfig, parallel: MoEParallelConfig, scheme: Any, group: Any, placement: Any) -> Any:
     from moe_batched.all_to_all import make  # noqa: PLC0415 - only when it is used
 
-    return make(config, parallel, group, placement)
+    return make(config, parallel, scheme, group, placement)
 
 
 @hookimpl

@@ -9,8 +9,10 @@ from __future__ import annotations
 import attrs
 import torch
 
+from moe_core import formats
 from moe_core.errors import CapacityError, MoEError
 from moe_core.interfaces import PrepareAndFinalize
+from moe_core.quant import UNQUANTIZED, QuantScheme
 from moe_core.types import MODEL_DTYPE_PAYLOAD, Dispatched, Routing
 
 
@@ -40,15 +42,25 @@ class BatchedPrepareAndFinalize(PrepareAndFinalize):
         max_tokens: upper bound of T. C is then always this, so that every step has the same shapes; None: C = T.
         capacity: an explicit C, which may be smaller than T. Rows beyond it are an error: on a CPU at once, on a
             GPU they are dropped, counted in `status`, and raised by `check`.
+        scheme: of the layer. Where the plan's payload is its name, rows are quantized once, before they are packed,
+            and `x_scale` is `[E_l, C, groups of H]`, allocated as the scheme says.
     """
 
-    def __init__(self, num_local_experts: int, *, max_tokens: int | None = None, capacity: int | None = None) -> None:
+    def __init__(
+        self,
+        num_local_experts: int,
+        *,
+        max_tokens: int | None = None,
+        capacity: int | None = None,
+        scheme: QuantScheme = UNQUANTIZED,
+    ) -> None:
         for name, value in (("max_tokens", max_tokens), ("capacity", capacity)):
             if value is not None and value < 1:
                 raise ValueError(f"BatchedPrepareAndFinalize: {name} = {value}; legal values: None, or int >= 1")
         self.num_local_experts = num_local_experts
         self.max_tokens = max_tokens
         self.capacity = capacity
+        self.scheme = scheme
         self.status: torch.Tensor | None = None
         """int32 `[1]`: rows dropped since the last `check`. Exists on a GPU once a step had fewer slots than tokens."""
 
@@ -66,8 +78,7 @@ class BatchedPrepareAndFinalize(PrepareAndFinalize):
         Raises:
             CapacityError: T is above `max_tokens`, or (on a CPU) an expert got more rows than `capacity`.
         """
-        if payload != MODEL_DTYPE_PAYLOAD:
-            raise MoEError(f"dispatch batched was given payload = {payload!r}; it carries only {MODEL_DTYPE_PAYLOAD!r}")
+        rows, scales = self._quantize(hidden_states, payload)
         tokens = hidden_states.shape[0]
         capacity = self._row_capacity(tokens)
         ids = routing.topk_ids.long()
@@ -81,11 +92,12 @@ class BatchedPrepareAndFinalize(PrepareAndFinalize):
         kept = (ids >= 0) & (position < capacity)
         nowhere = self.num_local_experts * capacity
         place = torch.where(kept, ids * capacity + position, nowhere)
-        buffer = self._allocate(nowhere + 1, hidden_states)
-        for k in range(place.shape[1]):  # K writes of [T, H]: one write would need the tokens K times over
-            buffer.index_copy_(0, place[:, k], hidden_states)
-        x = buffer[:nowhere].view(self.num_local_experts, capacity, hidden_states.shape[1])
-        return Dispatched(x=x, handle=BatchedHandle(place, kept), tokens_per_expert=counts)
+        return Dispatched(
+            x=self._pack(rows, place, capacity),
+            x_scale=None if scales is None else self._pack(scales, place, capacity),
+            handle=BatchedHandle(place, kept),
+            tokens_per_expert=counts,
+        )
 
     def finalize(self, expert_out: torch.Tensor, handle: object, routing: Routing, out: torch.Tensor) -> None:
         """Weigh and sum in fp32, in the order of K, and round once.
@@ -148,12 +160,33 @@ class BatchedPrepareAndFinalize(PrepareAndFinalize):
         rank = chosen[:, :-1].cumsum(dim=0, dtype=torch.int32)  # tokens up to and with this one that chose the expert
         return rank.gather(1, ids.clamp(min=0)).long() - 1, rank[-1].contiguous()
 
-    def _allocate(self, rows: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`[rows, H]`, uninitialised, for what goes to the experts; the last row takes what goes nowhere.
+    def _quantize(self, hidden_states: torch.Tensor, payload: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The rows that travel, and their scales: `[T, H]` as they are, or in the scheme's formats."""
+        if payload == MODEL_DTYPE_PAYLOAD:
+            return hidden_states, None
+        spec = self.scheme.activation
+        if payload != self.scheme.name or spec is None or not spec.row_wise:
+            raise MoEError(
+                f"dispatch batched was given payload = {payload!r} in a layer of scheme {self.scheme.name!r}; it "
+                f"carries {MODEL_DTYPE_PAYLOAD!r}, and the scheme's own where activations are quantized row by row"
+            )
+        return formats.quantize(hidden_states, spec)
 
-        The one place that knows the payload: a quantized one gets its dtype here, and its scales beside it.
+    def _allocate(self, rows: int, like: torch.Tensor) -> torch.Tensor:
+        """`[rows, …]`, uninitialised, in dtype and width of what is packed: rows of the payload, or their scales."""
+        return torch.empty(rows, like.shape[1], dtype=like.dtype, device=like.device)
+
+    def _pack(self, rows: torch.Tensor, place: torch.Tensor, capacity: int) -> torch.Tensor:
+        """Rows `[T, …]` to `[E_l, C, …]`; what is past the counts is uninitialised.
+
+        The buffer has one row more, which takes what goes nowhere.
         """
-        return torch.empty(rows, hidden_states.shape[1], dtype=hidden_states.dtype, device=hidden_states.device)
+        nowhere = self.num_local_experts * capacity
+        buffer = self._allocate(nowhere + 1, rows)
+        plain = torch.uint8 if rows.element_size() == 1 else rows.dtype  # fp8 has no index_copy_
+        for k in range(place.shape[1]):  # K writes of [T, H]: one write would need the tokens K times over
+            buffer.view(plain).index_copy_(0, place[:, k], rows.view(plain))
+        return buffer[:nowhere].view(self.num_local_experts, capacity, rows.shape[1])
 
     def _note_overflow(self, counts: torch.Tensor, capacity: int) -> None:
         """Raise where values are on the host, count where they are not. `counts`: int32 `[E_l]`."""

@@ -102,7 +102,7 @@ def test_what_does_not_fit_and_what_is_used_twice_is_named() -> None:
         backend, manager = make(group, ExpertPlacement.LINEAR, True)
         with pytest.raises(CapacityError, match=f"rank {group.rank}: T = 7 tokens, but max_tokens_per_rank = 6"):
             prepare(backend, manager, *step(0, 7, torch.float32))
-        with pytest.raises(MoEError, match="payload = 'nvfp4'; it carries only 'model dtype'"):
+        with pytest.raises(MoEError, match=r"payload = 'nvfp4' .* it carries 'model dtype'"):
             backend.prepare(*step(0, 2, torch.float32), num_experts=E, expert_map=None, payload="nvfp4")
         x, routing = step(group.rank, 3, torch.float32)
         d = prepare(backend, manager, x, routing)

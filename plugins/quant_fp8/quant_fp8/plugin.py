@@ -11,6 +11,7 @@ from moe_core.hookspecs import hookimpl
 from moe_core.packed import refuse_sizes
 from moe_core.types import (
     BATCHED_EXPERTS_DUTIES,
+    MODEL_DTYPE_PAYLOAD,
     STANDARD_EXPERTS_DUTIES,
     ActivationFormat,
     ExpertsCapabilities,
@@ -31,6 +32,9 @@ FP8_TORCH = ExpertsCapabilities(
     clamp=True,
     bias=True,
     schemes=frozenset(scheme.name for scheme in SCHEMES),
+    payloads=frozenset(
+        {MODEL_DTYPE_PAYLOAD} | {s.name for s in SCHEMES if s.activation is not None and s.activation.row_wise}
+    ),
     router_weight_on_input=True,
     accepts_dropped_ids=True,
     accepts_duplicate_ids=True,
