@@ -5,16 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from moe_core import types
 from moe_core.config import MODEL_DTYPES, MoEConfig, MoEParallelConfig, Problem
 from moe_core.hookspecs import hookimpl
-from moe_core.types import (
-    BATCHED_FINALIZE_DUTIES,
-    MODEL_DTYPE_PAYLOAD,
-    ROW_WISE_PAYLOAD,
-    ActivationFormat,
-    DispatchCapabilities,
-    ExpertPlacement,
-)
 
 moe_core_api = (1, 0)
 
@@ -29,15 +22,15 @@ def _refuse(problem: Problem) -> str | None:
     return None
 
 
-BATCHED = DispatchCapabilities(
-    activation_format=ActivationFormat.BATCHED,
+BATCHED = types.DispatchCapabilities(
+    activation_format=types.ActivationFormat.BATCHED,
     dtypes=frozenset(MODEL_DTYPES),
     device_types=frozenset({"cpu", "cuda"}),
-    payloads=frozenset({MODEL_DTYPE_PAYLOAD, ROW_WISE_PAYLOAD}),
-    owns=BATCHED_FINALIZE_DUTIES,
+    payloads=frozenset({types.MODEL_DTYPE_PAYLOAD, types.ROW_WISE_PAYLOAD}),
+    owns=types.BATCHED_FINALIZE_DUTIES,
     accepts_dropped_ids=True,
     accepts_duplicate_ids=True,
-    placements=frozenset(ExpertPlacement),
+    placements=frozenset(types.ExpertPlacement),
     max_ep_size=None,
     carries_tokens=True,
     output_reduced=True,

@@ -18,7 +18,7 @@ from moe_core.types import (
     GateUpLayout,
 )
 from quant_fp8.method import Fp8Method, claim
-from quant_fp8.schemes import SCHEMES
+from quant_fp8.schemes import ROW_WISE, SCHEMES
 
 moe_core_api = (1, 0)
 
@@ -32,9 +32,7 @@ FP8_TORCH = ExpertsCapabilities(
     clamp=True,
     bias=True,
     schemes=frozenset(scheme.name for scheme in SCHEMES),
-    payloads=frozenset(
-        {MODEL_DTYPE_PAYLOAD} | {s.name for s in SCHEMES if s.activation is not None and s.activation.row_wise}
-    ),
+    payloads=ROW_WISE | {MODEL_DTYPE_PAYLOAD},
     router_weight_on_input=True,
     accepts_dropped_ids=True,
     accepts_duplicate_ids=True,

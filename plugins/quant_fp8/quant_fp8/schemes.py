@@ -38,6 +38,8 @@ FP8_WEIGHT_ONLY = QuantScheme("fp8_weight_only", QuantSpec(_E4M3, _ROW))
 """FP8 weights, activations as they are. From a checkpoint: with the checkpoint's own weight scales, of any shape."""
 
 SCHEMES = (FP8_BLOCK, FP8_BLOCK_UE8M0, FP8_TENSOR, FP8_TENSOR_DYNAMIC, FP8_CHANNEL, FP8_WEIGHT_ONLY)
+ROW_WISE = frozenset(s.name for s in SCHEMES if s.activation is not None and s.activation.row_wise)
+"""Schemes whose rows a dispatch may quantize before they reach the experts."""
 
 
 def weight_only(scheme: QuantScheme) -> QuantScheme:
