@@ -267,6 +267,11 @@ RunnerFactory = Callable[..., MoERunnerInterface]
 CapabilitiesT = TypeVar("CapabilitiesT", DispatchCapabilities, ExpertsCapabilities)
 
 
+def always_available() -> Availability:
+    """The probe of a backend that needs nothing but torch."""
+    return Availability(True)
+
+
 @attrs.frozen(kw_only=True)
 class Candidate(Generic[CapabilitiesT]):
     """A backend as it was registered.
@@ -285,6 +290,6 @@ class Candidate(Generic[CapabilitiesT]):
     plugin: str
     factory: BackendFactory
     capabilities: CapabilitiesT
-    probe: Callable[[], Availability]
+    probe: Callable[[], Availability] = always_available
     priority: Priority = 0
     availability: Availability = Availability(True)

@@ -22,7 +22,7 @@ import pluggy
 from moe_core import hookspecs
 from moe_core.errors import PluginError, UnsupportedError
 from moe_core.hookspecs import ENTRY_POINT_GROUP, PLUGIN_API
-from moe_core.interfaces import BackendFactory, Candidate, RouterFactory, RunnerFactory
+from moe_core.interfaces import BackendFactory, Candidate, RouterFactory, RunnerFactory, always_available
 from moe_core.quant import QuantMethod
 from moe_core.types import Availability, DispatchCapabilities, ExpertsCapabilities, Priority
 
@@ -129,10 +129,6 @@ class Registry:
         raise UnsupportedError(text)
 
 
-def _available() -> Availability:
-    return Availability(True)
-
-
 @attrs.define
 class _Registrar:
     """The `register` callables of one plugin. They collect; `commit` enters all of it, or nothing."""
@@ -158,7 +154,7 @@ class _Registrar:
             name: str,
             factory: BackendFactory,
             capabilities: Any,
-            probe: Callable[[], Availability] = _available,
+            probe: Callable[[], Availability] = always_available,
             priority: Priority = 0,
         ) -> None:
             if not isinstance(capabilities, capabilities_type):

@@ -103,8 +103,10 @@ def test_nothing_waits_for_the_device() -> None:
     d, _ = make_step(layer, "dropped", 17)
     out = torch.empty_like(d.x)
     device_experts.apply_standard(layer.activation, False, d, weights, out)
-    torch.cuda.set_sync_debug_mode("error")
+    expected = out.clone()
+    torch.cuda.set_sync_debug_mode("error")  # a wait raises
     try:
         device_experts.apply_standard(layer.activation, False, d, weights, out)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert out.equal(expected)

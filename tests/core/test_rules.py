@@ -52,7 +52,7 @@ def run(runner, x, route):
     return runner.kernel(x, route, runner.routed_experts.weights)[0]
 
 
-def close(got, wanted):
+def assert_close(got, wanted):
     torch.testing.assert_close(got.double(), wanted.double(), atol=1e-5, rtol=1e-5)
 
 
@@ -68,7 +68,7 @@ def test_rule_1_state_between_stages_is_the_handle(config, build, dispatch):
     outs = [kernel.run_experts(flight, weights) for flight in flights]
     for flight, out, (x, route) in reversed(list(zip(flights, outs, batches, strict=True))):
         kernel.combine(flight, out)()
-        close(flight.out, truth(runner, x, route))
+        assert_close(flight.out, truth(runner, x, route))
     with pytest.raises(MoEError, match="handle"):
         kernel.prepare_finalize.finalize(outs[0], flights[0].dispatched.handle, flights[0].routing, flights[0].out)
 
@@ -207,7 +207,7 @@ def test_rule_4_minus_one_means_no_expert_and_duplicates_add(config, build, disp
     x[3] = torch.nan  # a token of no expert may hold anything
     route = routing([[0, -1], [2, 2], [-1, 5], [-1, -1], [4, 0]])
     out = run(runner, x, route)
-    close(out, truth(runner, x, route))
+    assert_close(out, truth(runner, x, route))
     assert out[3].eq(0).all()
 
 
@@ -238,7 +238,7 @@ def test_rule_4_a_backend_that_cannot_take_minus_one_never_sees_it(config, build
     x = tokens()
     x[3] = torch.nan
     route = routing([[0, -1], [2, 5], [-1, 5], [-1, -1], [4, 0]])
-    close(run(runner, x, route), run(plain, x, route))
+    assert_close(run(runner, x, route), run(plain, x, route))
     assert (seen[0] >= 0).all()
     if where == "dispatch":
         assert seen[0].dtype == torch.int32
@@ -363,7 +363,7 @@ def test_rule_7_a_weight_on_the_input_is_not_applied_again_on_the_output(config,
         x, route.topk_ids, route.topk_weights, runner.routed_experts.weights, runner.plan.config.activation,
         router_weight_on_input=True, compute_dtype=torch.float64,
     )  # fmt: skip
-    close(run(runner, x, route), wanted)
+    assert_close(run(runner, x, route), wanted)
 
 
 def test_rule_8_a_refusal_carries_every_pair_with_every_reason(config):
@@ -401,10 +401,10 @@ def test_rule_9_the_fingerprint_holds_what_ranks_must_agree_on_and_no_more(confi
 def test_rule_10_overflow_is_an_error_and_default_capacities_make_it_unreachable(config, build):
     runner = build(config(), dispatch="batched")
     x, route = tokens(9), routing([[4, 4]] * 9)  # everything to one expert
-    close(run(runner, x, route), truth(runner, x, route))
+    assert_close(run(runner, x, route), truth(runner, x, route))
     bounded = build(config(max_tokens_per_rank=4), dispatch="batched")
     few = routing([[4, 2]] * 4)
-    close(run(bounded, tokens(4), few), truth(bounded, tokens(4), few))
+    assert_close(run(bounded, tokens(4), few), truth(bounded, tokens(4), few))
     with pytest.raises(CapacityError, match="9"):
         run(bounded, x, route)
     bounded.check()
@@ -437,7 +437,7 @@ def test_rule_13_the_routed_output_is_unpadded_before_anything_is_added(config, 
         build(config(padded_hidden_size=p, has_shared_experts=True), shared_experts=shared) for p in (None, 40)
     )
     x, logits = tokens(), torch.randn(5, E)
-    close(padded(x, logits), plain(x, logits))
+    assert_close(padded(x, logits), plain(x, logits))
     assert {Duty.PADDING, Duty.UNPADDING} <= set(padded.plan.owners)
 
 

@@ -39,7 +39,7 @@ def linear(rows, columns, seed=7):
     return module.requires_grad_(False)
 
 
-def close(got, wanted, dtype=torch.float32):
+def assert_close(got, wanted, dtype=torch.float32):
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(got.double(), wanted.double(), atol=tolerance, rtol=tolerance)
 
@@ -50,7 +50,7 @@ def close(got, wanted, dtype=torch.float32):
 def test_routed_output_is_the_references(config, build, routed_truth, dispatch, dtype, tokens):
     runner = build(config(dtype=dtype), dispatch=dispatch)
     x, logits = inputs(tokens, dtype=dtype)
-    close(runner(x, logits), routed_truth(runner, x, logits), dtype)
+    assert_close(runner(x, logits), routed_truth(runner, x, logits), dtype)
 
 
 @pytest.mark.parametrize("layout", list(GateUpLayout))
@@ -58,15 +58,15 @@ def test_every_gate_up_layout_loads_to_the_same_layer(config, build, layout):
     spec = ActivationSpec("swiglu_oai", layout, limit=0.5, bias=True)
     halves = ActivationSpec("swiglu_oai", GateUpLayout.GATE_UP, limit=0.5, bias=True)
     x, logits = inputs()
-    close(build(config(activation=spec))(x, logits), build(config(activation=halves))(x, logits))
+    assert_close(build(config(activation=spec))(x, logits), build(config(activation=halves))(x, logits))
 
 
 def test_leading_dimensions_and_strides_are_free(config, build):
     runner = build(config())
     x, logits = inputs(6)
     flat = runner(x, logits)
-    close(runner(x.view(2, 3, H), logits.view(2, 3, E)), flat.view(2, 3, H))
-    close(runner(x.t().contiguous().t(), logits), flat)
+    assert_close(runner(x.view(2, 3, H), logits.view(2, 3, E)), flat.view(2, 3, H))
+    assert_close(runner(x.t().contiguous().t(), logits), flat)
 
 
 def test_the_runner_may_hold_the_gate(config, build):
@@ -75,7 +75,7 @@ def test_the_runner_may_hold_the_gate(config, build):
     x, _ = inputs()
     assert inside.is_internal_router
     assert not inside.plan.routes_internally, "holding the gate and experts that route are two facts"
-    close(inside(x), outside(x, gate(x)))
+    assert_close(inside(x), outside(x, gate(x)))
     with pytest.raises(ValueError, match="holds the gate, so router_logits must be None"):
         inside(x, gate(x))
     with pytest.raises(ValueError, match="router_logits is None, and this runner holds no gate"):
@@ -87,7 +87,7 @@ def test_shared_experts_are_added_in_every_order(config, build, routed_truth, or
     shared = linear(H, H)
     runner = build(config(has_shared_experts=True, shared_experts_order=order), shared_experts=shared)
     x, logits = inputs()
-    close(runner(x, logits), routed_truth(runner, x, logits) + shared(x))
+    assert_close(runner(x, logits), routed_truth(runner, x, logits) + shared(x))
 
 
 def test_shared_experts_run_after_the_combine_has_started_in_internal_order(config, build, plugin, backend):
@@ -118,7 +118,7 @@ def test_padded_tokens_get_no_expert(config, build, routed_truth):
     x, logits = inputs(6)
     x[4:] = torch.nan  # padding may hold anything
     out = runner(x, logits, num_valid_tokens=torch.tensor([4]))
-    close(out[:4], routed_truth(runner, x[:4], logits[:4]))
+    assert_close(out[:4], routed_truth(runner, x[:4], logits[:4]))
     assert out[4:].eq(0).all()
 
 
@@ -147,7 +147,7 @@ def test_routed_scale_multiplies_the_routed_output_also_in_fp16_and_without_shar
     runner = build(config(dtype=dtype, routed_scaling_factor=2.5, has_shared_experts=shared), shared_experts=module)
     x, logits = inputs(dtype=dtype)
     wanted = routed_truth(runner, x, logits) * 2.5
-    close(runner(x, logits), wanted + module(x) if shared else wanted, dtype)
+    assert_close(runner(x, logits), wanted + module(x) if shared else wanted, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -158,7 +158,7 @@ def test_the_inverse_convention_is_had_by_name(config, build, routed_truth, dtyp
     )
     runner = build(c, shared_experts=shared)
     x, logits = inputs(dtype=dtype)
-    close(runner(x, logits) * 2.5, routed_truth(runner, x, logits) * 2.5 + shared(x), dtype)
+    assert_close(runner(x, logits) * 2.5, routed_truth(runner, x, logits) * 2.5 + shared(x), dtype)
 
 
 def test_a_router_that_carries_the_scale_makes_a_second_owner(config, plugin):
@@ -182,7 +182,7 @@ def test_routed_output_is_unpadded_before_the_shared_one_is_added(config, build,
     x, logits = inputs()
     assert runner.routed_experts.w13.shape[-1] == (padded or H)
     wanted = routed_truth(plain, x, logits)
-    close(runner(x, logits), wanted + module(x) if shared else wanted)
+    assert_close(runner(x, logits), wanted + module(x) if shared else wanted)
 
 
 def test_latent_input_goes_to_the_routed_experts_and_the_original_to_the_shared_ones(config, build, routed_truth):
@@ -195,9 +195,9 @@ def test_latent_input_goes_to_the_routed_experts_and_the_original_to_the_shared_
     )
     x, logits = inputs(hidden=40)
     wanted = up(routed_truth(runner, down(x), logits).float()) + shared(x)
-    close(runner(x, logits), wanted)
+    assert_close(runner(x, logits), wanted)
     other = torch.randn(5, 40)
-    close(runner(x, logits, shared_experts_input=other), wanted - shared(x) + shared(other))
+    assert_close(runner(x, logits, shared_experts_input=other), wanted - shared(x) + shared(other))
 
 
 @pytest.mark.parametrize("shared", [None, "partial", "whole"])
@@ -227,7 +227,7 @@ def test_the_sum_over_ranks_happens_exactly_once(config, build, on_ranks, shared
         return runner(x, logits), group.calls
 
     for result, calls in on_ranks(2, work):
-        close(result, single)
+        assert_close(result, single)
         assert calls == (2 if shared == "partial" and transform else 1)
 
 
@@ -287,10 +287,10 @@ def test_a_copy_and_a_pickle_are_layers_of_their_own(config, build):
     for other in (copy.deepcopy(runner), pickle.loads(pickle.dumps(runner))):
         assert other._layer_key != runner._layer_key
         assert layer_of(other._layer_key) is other
-        close(other(x, logits), wanted)
+        assert_close(other(x, logits), wanted)
         other.routed_experts.w2.zero_()
         assert not torch.equal(other(x, logits), wanted)
-    close(runner(x, logits), wanted)
+    assert_close(runner(x, logits), wanted)
 
 
 def test_a_dead_key_is_named(config, build):
@@ -304,7 +304,7 @@ def test_weights_move_and_save_with_the_module(config, build):
     runner, other = build(config()), build(config(), seed=5)
     x, logits = inputs()
     other.load_state_dict(runner.state_dict())
-    close(other(x, logits), runner(x, logits))
+    assert_close(other(x, logits), runner(x, logits))
     assert set(runner.state_dict()) == {"routed_experts.w13", "routed_experts.w2"}
 
 

@@ -136,13 +136,7 @@ def module_candidate(module: torch.nn.Module, device_type: str) -> Candidate[Exp
         accepts_dropped_ids=True,
         accepts_duplicate_ids=True,
     )
-    return Candidate(
-        name=NAME, plugin="moe-core transformers bridge", factory=make, capabilities=capabilities, probe=_available
-    )
-
-
-def _available() -> Availability:
-    return Availability(True)
+    return Candidate(name=NAME, plugin="moe-core transformers bridge", factory=make, capabilities=capabilities)
 
 
 def refused(candidate: Candidate[ExpertsCapabilities], reason: str) -> Candidate[ExpertsCapabilities]:
