@@ -8,14 +8,14 @@ CONSTRAINTS := constraints.txt
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
-EXTRAS := triton,hf,cli,plot,testing,oracles,dev
+EXTRAS := triton,hf,cli,plot,testing,oracles,authors,docs,dev
 # A folder named `interpreted` runs in a process of its own: Triton reads TRITON_INTERPRET when it is imported.
 INTERPRETED := $(sort $(dir $(wildcard tests/ops/interpreted/test_*.py plugins/*/tests/interpreted/test_*.py)))
 MARKS := not full
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-all test-oldest lint types pytest format bench clean
+.PHONY: help setup demo test test-all test-oldest lint types pytest format bench docs clean
 
 help:  ## list the tasks
 	@sed -n 's/^\([a-z-]*\):.*##  */\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r task text; do \
@@ -53,8 +53,11 @@ format: setup  ## let ruff rewrite the sources
 bench: setup  ## our experts beside those of transformers, on the CPU
 	$(BIN)/python benchmarks/experts_cpu.py
 
+docs: setup  ## build the documentation into docs/_build; a warning is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+
 clean:  ## remove the virtual environments and every cache
-	rm -rf .venv .venv-all .venv-oldest .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf docs/_build .venv .venv-all .venv-oldest .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- set-up

@@ -11,6 +11,7 @@ from moe_core.cli.bench import bench
 from moe_core.cli.demo import demo
 from moe_core.cli.doctor import doctor
 from moe_core.cli.explain import explain
+from moe_core.cli.new_plugin import new_plugin
 from moe_core.cli.plugins import plugins
 from moe_core.cli.run import run
 from moe_core.errors import MoEError
@@ -35,5 +36,5 @@ def app(traceback: bool) -> None:
     """Run Mixture-of-Experts models through plugins, and see which plugin runs and why."""
 
 
-for command in (plugins, doctor, explain, run, demo, bench):
+for command in (plugins, doctor, explain, run, demo, bench, new_plugin):
     app.add_command(command)
