@@ -121,7 +121,9 @@ def quantize_dequantize(
 
 def scale_of(amax: torch.Tensor, spec: QuantSpec, global_scale: torch.Tensor | None = None) -> torch.Tensor:
     """Group scales from group maxima (fp32), in `scale_dtype`."""
-    scale = torch.where(amax.isfinite(), amax.clamp(min=AMAX_FLOOR) / _largest(spec), torch.nan)
+    # By a tensor: on CUDA, torch multiplies by the reciprocal of a number, which loses a bit.
+    quotient = amax.clamp(min=AMAX_FLOOR) / torch.full_like(amax, _largest(spec))
+    scale = torch.where(amax.isfinite(), quotient, torch.nan)
     if spec.scale_format is ScaleFormat.UE8M0:
         return round_up_to_power_of_two(scale)
     if spec.scale_format is ScaleFormat.FP32:

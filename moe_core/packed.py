@@ -102,6 +102,8 @@ class PackedMethod(QuantMethod):
         part, kind = split_part(name)
         self._check_name(layer, name, part)
         kind = upright(kind)
+        if expert in layer.packed_experts and kind in ("", "_scale"):
+            self._unpack(layer, expert)
         if upright(name) != name:
             tensor = 1 / tensor.to(torch.float64)
         if kind == "":
@@ -117,16 +119,41 @@ class PackedMethod(QuantMethod):
         else:
             self._store(layer, expert, part + kind, tensor)
 
+    @torch.no_grad()
     def pack_weights(self, layer: WeightsOwner) -> None:
-        """Check that every expert has all its scales. Experts read the canonical layout as it is."""
-        if layer.weight_layout != _CANONICAL:
+        """Check that every expert has all its scales, and bring what was loaded since into the plan's layout."""
+        layout = self.layouts.get(layer.weight_layout)
+        if layout is None and layer.weight_layout != _CANONICAL:
             raise MoEError(
                 f"scheme {self.scheme.name}: the plan's experts read the weight layout {layer.weight_layout!r}, and "
-                f"{type(self).__name__} makes only {_CANONICAL!r}; its pack_weights must make what experts declare"
+                f"{type(self).__name__} makes only {', '.join((_CANONICAL, *self.layouts))}; its `layouts` must hold "
+                "what experts declare"
             )
+        loaded = [expert for expert in range(layer.num_local_experts) if expert not in layer.packed_experts]
+        self._check_loaded(layer, loaded)
+        if layout is None:
+            return
+        for expert in loaded:
+            try:
+                layout.pack(_of_expert(layer, expert), layer.config.activation.gate_up_layout)
+            except ValueError as error:
+                raise CheckpointError(f"local expert {expert}, weight layout {layout.name}: {error}") from error
+            layer.packed_experts.add(expert)
+
+    def unpack_weights(self, layer: WeightsOwner) -> None:
+        for expert in sorted(layer.packed_experts):
+            self._unpack(layer, expert)
+
+    @torch.no_grad()
+    def _unpack(self, layer: WeightsOwner, expert: int) -> None:
+        layout = self.layouts[layer.weight_layout]
+        layout.unpack(_of_expert(layer, expert), layer.config.activation.gate_up_layout)
+        layer.packed_experts.remove(expert)
+
+    def _check_loaded(self, layer: WeightsOwner, experts: list[int]) -> None:
         for part in _parts(layer):
             for kind in self._scale_kinds():
-                for expert in range(layer.num_local_experts):
+                for expert in experts:
                     if bool(self._target(layer, expert, part, kind).to(torch.float32).isnan().all()):
                         raise CheckpointError(
                             f"local expert {expert}: {part + kind!r} is NaN throughout: it was never loaded, or the "
@@ -299,6 +326,11 @@ def _size_complaint(scheme: QuantScheme, stored_hidden: int, hidden: int, whole:
             f"of scheme {scheme.name} (multiples of {unit}); legal tp sizes: {legal}"
         )
     return None
+
+
+def _of_expert(layer: WeightsOwner, expert: int) -> dict[str, torch.Tensor]:
+    """What a `WeightLayout` reorders: views on one expert's storage."""
+    return {name: layer.get_parameter(name).data[expert] for name in ("w13", "w13_scale", "w2", "w2_scale")}
 
 
 def _per_half(kind: str, experts: int, halves: int, dtype: torch.dtype) -> dict[str, Any]:

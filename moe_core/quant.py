@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Protocol
 import attrs
 import torch
 
+from moe_core.types import WeightLayout
+
 
 class ScaleFormat(enum.Enum):
     """How a scale is stored. A scale always means x ≈ q · scale, never its inverse."""
@@ -78,6 +80,7 @@ class WeightsOwner(Protocol):
         intermediate_size: I of this rank.
         device: where the weights live.
         weight_layout: what the plan's experts read, to be made by `pack_weights`.
+        packed_experts: local experts that stand in that layout now; kept by the method, not for the canonical layout.
     """
 
     config: Any  # config.py stands on this module
@@ -86,6 +89,7 @@ class WeightsOwner(Protocol):
     intermediate_size: int
     device: torch.device
     weight_layout: str
+    packed_experts: set[int]
 
     def register_weight(self, name: str, tensor: torch.Tensor) -> None:
         """Give a tensor into the layer's care, under a name of `ExpertWeights`."""
@@ -122,6 +126,9 @@ class QuantMethod(abc.ABC):
     """What checkpoints call a projection's further tensors → what `load_expert` does: {"weight_scale_inv": "_scale"}
     says that `….gate_proj.weight_scale_inv` is "gate_scale". A tensor that holds 1 / scale is "_inverse_…scale"."""
 
+    layouts: ClassVar[Mapping[str, WeightLayout]] = {}
+    """The layouts beside the canonical one that `pack_weights` can make, by name."""
+
     @abc.abstractmethod
     def create_weights(self, layer: WeightsOwner) -> None:
         """Allocate storage by `layer.register_weight(name, tensor)`. The layer's own attributes are not touched."""
@@ -141,6 +148,9 @@ class QuantMethod(abc.ABC):
     @abc.abstractmethod
     def pack_weights(self, layer: WeightsOwner) -> None:
         """Bring the storage into the layout that the plan's experts read (`layer.weight_layout`). Re-runnable."""
+
+    def unpack_weights(self, layer: WeightsOwner) -> None:
+        """The way back: the bytes as they were loaded, in the same storage, for an export."""
 
     def required_kinds(self, packed: bool) -> tuple[str, ...]:
         """What a checkpoint must hold of every projection: "" (the weight) and kinds of scales, such as "_scale".

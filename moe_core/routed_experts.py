@@ -19,6 +19,9 @@ from moe_core.quant import QuantMethod
 from moe_core.select import Plan
 from moe_core.types import ExpertWeights
 
+_LAYOUT = "layout:"
+"""Starts the state dict's key for the experts that stand in a kernel's layout."""
+
 
 class RoutedExperts(torch.nn.Module):
     """One layer's routed experts. The order of calls is: select → this constructor → load_expert … → pack_weights.
@@ -45,6 +48,7 @@ class RoutedExperts(torch.nn.Module):
         self.hidden_size = plan.config.experts_hidden_size
         self.device = device
         self.quant_method = quant_method
+        self.packed_experts: set[int] = set()
         self.expert_map = ExpertMapManager(
             self.config.num_experts, self.parallel.ep_size, self.parallel.ep_rank, self.config.placement
         )
@@ -61,7 +65,9 @@ class RoutedExperts(torch.nn.Module):
     def weights(self) -> ExpertWeights:
         """Views on the weights, as experts take them."""
         if self._views is None:
-            registered = dict(self.named_parameters(recurse=False))
+            registered: dict[str, Any] = dict(self.named_parameters(recurse=False))
+            if self.packed_experts:
+                registered["layout"] = self.quant_method.layouts[self.weight_layout]
             self._views = ExpertWeights(gate_up_layout=self.config.activation.gate_up_layout, **registered)
         return self._views
 
@@ -98,10 +104,32 @@ class RoutedExperts(torch.nn.Module):
 
     def pack_weights(self) -> None:
         """Bring the loaded weights into the plan's layout. Run again after every reload."""
+        if not self.packed_experts:
+            self._views = None  # the next record says what the layout is
         self.quant_method.pack_weights(self)
+
+    def unpack_weights(self) -> None:
+        """Bring the weights back into the order in which they were loaded, for an export."""
+        self._views = None
+        self.quant_method.unpack_weights(self)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Beside the weights: which experts stand in a kernel's layout, under the layout's name."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed_experts:
+            destination[f"{prefix}{_LAYOUT}{self.weight_layout}"] = torch.tensor(sorted(self.packed_experts))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
         """Copy in place, also where `load_state_dict(assign=True)` would re-bind: addresses are stable."""
+        layouts = [key for key in state_dict if key.startswith(prefix + _LAYOUT)]
+        packed = {key.removeprefix(prefix + _LAYOUT): set(state_dict.pop(key).tolist()) for key in layouts}
+        if packed.keys() - {self.weight_layout}:
+            raise CheckpointError(
+                f"the state dict's experts are in the weight layout {', '.join(packed)}, and this plan's experts read "
+                f"{self.weight_layout}: call unpack_weights() on the layer before its state_dict()"
+            )
+        if f"{prefix}w13" in state_dict:
+            self.packed_experts, self._views = packed.get(self.weight_layout, set()), None
         super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "assign_to_params_buffers": False}, *rest)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedExperts:

@@ -10,11 +10,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
+
+from moe_core import ops
 from moe_core.packed import PackedMethod
 from moe_core.quant import QuantScheme
-from quant_nvfp4.schemes import GROUP, NVFP4, NVFP4_W4A4
+from moe_core.types import GateUpLayout, WeightLayout
+from quant_nvfp4.schemes import GROUP, MMA_LAYOUT, NVFP4, NVFP4_W4A4
 
 Config = Mapping[str, Any]
+
+
+def _pack(weights: Mapping[str, torch.Tensor], layout: GateUpLayout | None) -> None:
+    ops.pack_nvfp4_matrix(weights["w13"], weights["w13_scale"], layout and layout.value)
+    ops.pack_nvfp4_matrix(weights["w2"], weights["w2_scale"], None)
+
+
+def _unpack(weights: Mapping[str, torch.Tensor], layout: GateUpLayout | None) -> None:
+    ops.unpack_nvfp4_matrix(weights["w13"], weights["w13_scale"], layout and layout.value)
+    ops.unpack_nvfp4_matrix(weights["w2"], weights["w2_scale"], None)
 
 
 class Nvfp4Method(PackedMethod):
@@ -28,6 +42,7 @@ class Nvfp4Method(PackedMethod):
         "input_scale": "_input_scale",
         "input_global_scale": "_inverse_input_scale",
     }
+    layouts: ClassVar[Mapping[str, WeightLayout]] = {MMA_LAYOUT: WeightLayout(MMA_LAYOUT, _pack, _unpack)}
 
 
 def claim(name: str, config: Config) -> Nvfp4Method | str:

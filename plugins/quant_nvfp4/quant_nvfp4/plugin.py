@@ -6,37 +6,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import attrs
-
-from moe_core.config import GATED_FUNCTIONS, MODEL_DTYPES, UNGATED_FUNCTIONS
 from moe_core.hookspecs import hookimpl
-from moe_core.packed import refuse_sizes
-from moe_core.types import BATCHED_EXPERTS_DUTIES as BATCHED_DUTIES
-from moe_core.types import STANDARD_EXPERTS_DUTIES as STANDARD_DUTIES
-from moe_core.types import ActivationFormat, Availability, ExpertsCapabilities, GateUpLayout
+from quant_nvfp4.capabilities import NATIVE, TORCH, TRITON, probe_native, probe_triton
 from quant_nvfp4.method import Nvfp4Method, claim
-from quant_nvfp4.schemes import NVFP4_W4A4, SCHEMES
+from quant_nvfp4.schemes import SCHEMES
 
 moe_core_api = (1, 0)
-
-NVFP4_TORCH = ExpertsCapabilities(
-    owns={ActivationFormat.STANDARD: STANDARD_DUTIES, ActivationFormat.BATCHED: BATCHED_DUTIES},
-    dtypes=frozenset(MODEL_DTYPES),
-    device_types=frozenset({"cpu", "cuda"}),
-    activations=frozenset(GATED_FUNCTIONS + UNGATED_FUNCTIONS),
-    gate_up_layouts=frozenset(GateUpLayout),
-    ungated=True, clamp=True, bias=True, router_weight_on_input=True, deterministic=True,
-    schemes=frozenset(scheme.name for scheme in SCHEMES),
-    accepts_dropped_ids=True,
-    accepts_duplicate_ids=True,
-    refuse=refuse_sizes,
-)  # fmt: skip
-NVFP4_NATIVE = attrs.evolve(
-    NVFP4_TORCH,
-    schemes=frozenset({NVFP4_W4A4.name}),
-    device_types=frozenset({"cuda"}),
-    min_compute_capability=(10, 0),  # the first with FP4 tensor cores
-)
 
 
 def _make(config: Any, parallel: Any, scheme: Any, group: Any, placement: Any, *, cached: bool = False) -> Any:
@@ -45,12 +20,18 @@ def _make(config: Any, parallel: Any, scheme: Any, group: Any, placement: Any, *
     return EmulatedExperts(config, scheme, cached=cached)
 
 
+def _make_triton(config: Any, parallel: Any, scheme: Any, group: Any, placement: Any) -> Any:
+    from quant_nvfp4.experts import Nvfp4TritonExperts  # noqa: PLC0415 - only when it is used
+
+    return Nvfp4TritonExperts(config, parallel)
+
+
 @hookimpl
 def moe_core_register_experts(register: Callable[..., None]) -> None:
-    register("nvfp4_torch", _make, NVFP4_TORCH, priority=0)
-    register("nvfp4_torch_cached", functools.partial(_make, cached=True), NVFP4_TORCH, priority=-10)
-    missing = Availability(False, "a kernel for native FP4 tensor cores isn't in this release; nvfp4_torch emulates it")
-    register("nvfp4_native", _make, NVFP4_NATIVE, lambda: missing, priority=200)
+    register("nvfp4_triton", _make_triton, TRITON, probe_triton, priority=100)
+    register("nvfp4_torch", _make, TORCH, priority=0)
+    register("nvfp4_torch_cached", functools.partial(_make, cached=True), TORCH, priority=-10)
+    register("nvfp4_native", _make, NATIVE, probe_native, priority=200)
 
 
 @hookimpl

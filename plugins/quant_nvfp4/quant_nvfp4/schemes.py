@@ -8,6 +8,8 @@ from __future__ import annotations
 from moe_core.quant import QuantScheme, QuantSpec, ScaleFormat
 
 GROUP = 16
+MMA_LAYOUT = "nvfp4_mma"
+"""The weight layout of `moe_core.ops.pack_nvfp4_matrix`: what nvfp4_triton reads."""
 _WEIGHT = QuantSpec("float4_e2m1", (1, GROUP), ScaleFormat.E4M3, second_level=True)
 _ACTIVATION = QuantSpec("float4_e2m1", (1, GROUP), ScaleFormat.E4M3, dynamic=True, second_level=True)
 

@@ -1,0 +1,164 @@
+"""The NVFP4 experts' whole step on this GPU, beside the bfloat16 experts of the same sizes.
+
+    python -m benchmarks.nvfp4 [--shapes qwen3-30b,…] [--tokens 1,4,…] [--only-ours] [--json out.json]
+
+Correctness first: against float64 on the weights that `moe_core.formats` reads from the checkpoint's bytes; a wrong
+result prints no time. Floor: the larger of bytes (4-bit weights of the touched experts with their scales, x, out, ids)
+over the copy rate and FLOPs over the bfloat16 matmul rate, both measured in this run. Inputs rotate over 8 sets; T <=
+1024 is timed as a CUDA graph of all sets, larger T eagerly. T tokens · H hidden · I intermediate · E experts · K top-k.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks import cases
+from benchmarks.experts import host_us
+from moe_core.emulated import dequantize_expert
+from moe_core.ops import ExpertsLauncher, Nvfp4ExpertsLauncher, Nvfp4Weights, pack_nvfp4_matrix
+from moe_core.quant import QuantSpec, ScaleFormat
+from moe_core.types import ExpertWeights, GateUpLayout
+
+TOLERANCE = 0.006
+SPEC = QuantSpec("float4_e2m1", (1, 16), ScaleFormat.E4M3, second_level=True)
+SHAPES = [name for name, shape in cases.SHAPES.items() if not shape.transposed]
+Prepare = Callable[[cases.Inputs], Callable[[], torch.Tensor]]
+
+
+def checkpoint(shape: cases.Shape) -> ExpertWeights:
+    """Random codes and scales between 1/8 and 2, in a checkpoint's order; rows have about unit norm."""
+    e, h, i = shape.experts, shape.hidden, shape.intermediate
+    codes = [torch.randint(0, 256, s, dtype=torch.uint8, device="cuda") for s in ((e, 2 * i, h // 2), (e, h, i // 2))]
+    scales = [torch.randint(32, 64, (*q.shape[:2], q.shape[2] // 8), dtype=torch.uint8, device="cuda") for q in codes]
+    spread = 1 + torch.arange(e, device="cuda", dtype=torch.float64)[:, None] / e
+    w13_scale, w2_scale = (scale.view(torch.float8_e4m3fn) for scale in scales)
+    return ExpertWeights(
+        w13=codes[0], w2=codes[1], gate_up_layout=GateUpLayout.GATE_UP, w13_scale=w13_scale, w2_scale=w2_scale,
+        w13_global_scale=spread.repeat(1, 2) / (2.5 * h**0.5), w2_global_scale=spread / (2.5 * i**0.5),
+    )  # fmt: skip
+
+
+def packed(shape: cases.Shape, weights: ExpertWeights) -> tuple[Nvfp4Weights, float]:
+    """(the weights in the kernels' order, in new storage; seconds that this took)."""
+    names = ("w13", "w13_scale", "w13_global_scale", "w2", "w2_scale", "w2_global_scale")
+    tensors = {name: getattr(weights, name).clone() for name in names}
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for expert in range(shape.experts):
+        pack_nvfp4_matrix(tensors["w13"][expert], tensors["w13_scale"][expert], "gate_up")
+        pack_nvfp4_matrix(tensors["w2"][expert], tensors["w2_scale"][expert], None)
+    torch.cuda.synchronize()
+    return Nvfp4Weights(*tensors.values(), shape.activation), time.perf_counter() - start
+
+
+def reference(weights: ExpertWeights, inputs: cases.Inputs, tokens: list[int]) -> torch.Tensor:
+    """The step for some tokens in float64."""
+    rows = []
+    for t in tokens:
+        row = torch.zeros(inputs.x.shape[1], dtype=torch.float64, device="cuda")
+        for expert, weight in zip(inputs.ids[t].tolist(), inputs.weights[t].double(), strict=True):
+            w13, w2 = dequantize_expert(weights, expert, SPEC)
+            gate, up = (w13.double() @ inputs.x[t].double()).chunk(2)
+            row += weight * (w2.double() @ (torch.nn.functional.silu(gate) * up))
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def floor_us(shape: cases.Shape, tokens: int, distinct: float, copy: float, matmul: float) -> float:
+    """As `cases.floor_us`, with half a byte and a sixteenth a weight."""
+    n = 3 * shape.hidden * shape.intermediate
+    moved = distinct * (n / 2 + n / 16 + 8) + 4 * tokens * shape.hidden + 8 * tokens * shape.top_k
+    return max(moved / copy, 2 * n * tokens * shape.top_k / matmul) * 1e6
+
+
+def prepared(launcher: Any) -> Prepare:
+    """A factory of calls, one per input set: workspaces and outputs of their own, poisoned."""
+
+    def prepare(inputs: cases.Inputs) -> Callable[[], torch.Tensor]:
+        space = {}
+        for name, (size, dtype) in launcher.workspace(inputs.ids.shape[0]).items():
+            space[name] = torch.empty(size, dtype=dtype, device="cuda")
+            if dtype.is_floating_point:
+                space[name].fill_(float("nan"))
+        out = torch.full_like(inputs.x, float("nan"))
+        return lambda: launcher(inputs.x, inputs.ids, inputs.weights, space, out)
+
+    return prepare
+
+
+def measure(
+    shape: cases.Shape, weights: ExpertWeights, launcher: Nvfp4ExpertsLauncher, plain: ExpertsLauncher | None,
+    tokens: int, copy: float, matmul: float,
+) -> dict[str, Any]:  # fmt: skip
+    """One row of the table."""
+    sets = [cases.make_inputs(shape, tokens, 100 * tokens + i, "cuda") for i in range(cases.NUM_INPUT_SETS)]
+    distinct = cases.distinct_experts(sets)
+    floor = floor_us(shape, tokens, distinct, copy, matmul)
+    row: dict[str, Any] = {"shape": shape.name, "tokens": tokens, "distinct": distinct, "floor_us": floor}
+    calls = [prepared(launcher)(s) for s in sets]
+    outs = [call() for call in calls]
+    rows = sorted({0, tokens // 2, tokens - 1})
+    row["error"] = cases.relative_error(outs[-1][rows], reference(weights, sets[-1], rows))
+    row["plan"] = launcher.explain(tokens)
+    if row["error"] <= TOLERANCE and all(bool(torch.isfinite(out).all()) for out in outs):
+        row["us"] = cases.step_us(calls, tokens)
+        row["fraction"] = floor / row["us"]
+        if tokens == 1:
+            row["eager_host_us"] = host_us(calls[0])
+        if plain is not None:
+            del calls, outs
+            row["bf16_us"] = cases.step_us([prepared(plain)(s) for s in sets], tokens)
+    return row
+
+
+def line(row: dict[str, Any]) -> str:
+    head = f"{row['shape']:>18} T={row['tokens']:<6}"
+    if "us" not in row:
+        return f"{head} WRONG: error {row['error']}"
+    text = f"{head} {row['us']:9.1f} us  fraction {row['fraction']:.3f}  error {row['error']:.4f}"
+    if "bf16_us" in row:
+        text += f"  bf16 {row['bf16_us']:9.1f} us, {row['bf16_us'] / row['us']:.2f} x"
+    return text + (f"  host {row['eager_host_us']:.0f} us" if "eager_host_us" in row else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--tokens", default=",".join(map(str, cases.TOKENS)))
+    parser.add_argument("--only-ours", action="store_true", help="leave the bfloat16 experts out")
+    parser.add_argument("--json", default="")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    copy, matmul = cases.ceilings()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {copy / 1e12:.2f} TB/s, "
+          f"bf16 matmul {matmul / 1e12:.0f} TFLOP/s", flush=True)  # fmt: skip
+    report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy": copy,
+                              "matmul": matmul, "packing_s": {}, "steps": []}  # fmt: skip
+    for name in arguments.shapes.split(","):
+        shape = cases.SHAPES[name]
+        weights = checkpoint(shape)
+        ours, report["packing_s"][name] = packed(shape, weights)
+        print(f"{name:>18} packed in {report['packing_s'][name]:.2f} s", flush=True)
+        launcher, plain = Nvfp4ExpertsLauncher(ours, top_k=shape.top_k), None
+        if not arguments.only_ours:
+            bf16 = cases.make_weights(shape, "cuda")
+            plain = ExpertsLauncher(bf16.w13, bf16.w2, top_k=shape.top_k, activation=shape.activation)
+            del bf16
+        for tokens in map(int, arguments.tokens.split(",")):
+            report["steps"].append(measure(shape, weights, launcher, plain, tokens, copy, matmul))
+            print(line(report["steps"][-1]), flush=True)
+        del weights, ours, launcher, plain
+        torch.cuda.empty_cache()
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(report, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Every NVFP4 kernel compiles on a machine without a GPU: for sm_90, and what needs no Hopper for sm_80 too."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from moe_core.ops import Activation, Nvfp4BatchedLauncher, Nvfp4ExpertsLauncher, Nvfp4Weights, compile_only
+from moe_core.ops._nvfp4_launch import GemmTile, Nvfp4GemmConfig, Nvfp4RowsConfig, Nvfp4SlotsConfig, WarpsConfig
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
+
+OAI = Activation("swiglu_oai", "interleaved", limit=7.0)
+CONFIGS = {
+    "slots": (Nvfp4SlotsConfig(WarpsConfig(1, 4, depth=2), WarpsConfig(1, 8)), 2),
+    "rows": (Nvfp4RowsConfig(WarpsConfig(4, 1), WarpsConfig(4, 1, tiles=4), 1), 4),
+    "wide": (Nvfp4RowsConfig(WarpsConfig(8, 1, registers=128), WarpsConfig(2, 2, registers=128), 3), 4),
+    "gemm": (Nvfp4GemmConfig(GemmTile(128, 4), GemmTile(128, 4)), 5),
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    # A cache of its own: a hit would prove nothing about this tree's kernels.
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, device="meta", dtype=dtype)
+
+
+def weights(activation, experts=8, hidden=2880, inner=1408):
+    codes, halves = torch.uint8, 2 if activation.gated else 1
+    bias = (meta(experts, halves * inner), meta(experts, hidden)) if activation is OAI else (None, None)
+    return Nvfp4Weights(
+        meta(experts, halves * inner, hidden // 2, dtype=codes), meta(experts, halves * inner, hidden // 16, dtype=codes),
+        meta(experts, halves, dtype=torch.float64), meta(experts, hidden, inner // 2, dtype=codes),
+        meta(experts, hidden, inner // 16, dtype=codes), meta(experts, 1, dtype=torch.float64), activation, *bias,
+    )  # fmt: skip
+
+
+def step(activation, config, tokens=8):
+    launcher = Nvfp4ExpertsLauncher(weights(activation), top_k=4, plan=((None, config),))
+    space = {name: meta(*shape, dtype=dtype) for name, (shape, dtype) in launcher.workspace(tokens).items()}
+    x, ids = meta(tokens, 2880), meta(tokens, 4, dtype=torch.int32)
+    launcher(x, ids, meta(tokens, 4, dtype=torch.float32), space, meta(tokens, 2880))
+
+
+@pytest.mark.parametrize("activation", [Activation(), OAI, Activation("relu2", None)], ids=["silu", "oai", "relu2"])
+@pytest.mark.parametrize("path", CONFIGS)
+def test_paths(path, activation):
+    config, launches = CONFIGS[path]
+    with compile_only(90) as compiled:
+        step(activation, config)
+    assert len(compiled) == launches
+    assert all(kernel.metadata.shared <= 227 * 1024 for kernel in compiled)
+    products = [kernel.asm["ptx"] for kernel in compiled if "mma" in kernel.asm["ptx"]]
+    assert len(products) == 2
+    for text in products:
+        assert ".local" not in text, "no array lies in memory"
+        if path == "gemm":
+            # The expanded weights go from registers into the product: they never pass through shared memory.
+            assert "wgmma.mma_async" in text
+            assert "st.shared" not in text.split("wgmma.mma_async")[1]
+        else:
+            assert "ld.global.L1::evict_last" not in text
+            assert "v4" in text, "16 bytes a lane and load"
+
+
+@pytest.mark.parametrize("path", ["slots", "rows"])
+def test_without_hopper(path):
+    import dataclasses
+
+    with compile_only(80) as compiled:
+        step(Activation(), dataclasses.replace(CONFIGS[path][0], pdl=False))
+    assert "mma.sync" in "".join(kernel.asm["ptx"] for kernel in compiled)
+
+
+def test_batched():
+    launcher = Nvfp4BatchedLauncher(weights(Activation()))
+    space = {name: meta(*shape, dtype=dtype) for name, (shape, dtype) in launcher.workspace(128).items()}
+    with compile_only(90) as compiled:
+        launcher(meta(8, 128, 2880), meta(8, dtype=torch.int32), space, meta(8, 128, 2880))
+    assert len(compiled) == 2
