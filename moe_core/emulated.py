@@ -132,17 +132,22 @@ class EmulatedExperts(Experts):
 
 def dequantize_expert(weights: ExpertWeights, expert: int, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """One expert's w13 `[2I, H]` (rows as they are stored) and w2 `[H, I]` in fp32."""
-    q, scale = weights.w13[expert], weights.w13_scale
-    assert scale is not None and weights.w2_scale is not None, "packed weights come with scales"
+    assert weights.w13_scale is not None and weights.w2_scale is not None, "packed weights come with scales"
+    names = ("w13", "w13_scale", "w2", "w2_scale")
+    own = {name: getattr(weights, name)[expert] for name in names}
+    if weights.layout is not None:
+        own = {name: tensor.clone() for name, tensor in own.items()}
+        weights.layout.unpack(own, weights.gate_up_layout)
+    q, scale = own["w13"], own["w13_scale"]
     halves = 1 if weights.gate_up_layout is None else 2
     inner = q.shape[0] // halves
     w13 = torch.empty((q.shape[0], q.shape[1] * formats.codes_per_byte(spec)), dtype=torch.float32, device=q.device)
     for half in range(halves):
         rows = half_rows(weights.gate_up_layout, inner, half)
-        own = scale[expert][rows] if spec.group_shape[0] == 1 else scale[expert, half]
-        w13[rows] = formats.dequantize(q[rows], own, spec, _of(weights.w13_global_scale, expert, half))
+        grid = scale[rows] if spec.group_shape[0] == 1 else scale[half]
+        w13[rows] = formats.dequantize(q[rows], grid, spec, _of(weights.w13_global_scale, expert, half))
     top = _of(weights.w2_global_scale, expert, 0)
-    return w13, formats.dequantize(weights.w2[expert], weights.w2_scale[expert], spec, top)
+    return w13, formats.dequantize(own["w2"], own["w2_scale"], spec, top)
 
 
 def dequantize_weights(weights: ExpertWeights, spec: QuantSpec) -> ExpertWeights:

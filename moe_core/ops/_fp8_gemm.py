@@ -1,0 +1,196 @@
+"""Launches one FP8 GEMM over row tiles: the plain kernel and the specialized one, behind one call.
+
+H hidden · I intermediate · E_l local experts · K top-k · C row capacity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe_core.ops._fp8_launch import Fp8SpecializedConfig
+from moe_core.ops._fp8_weights import FP8_GROUP, Fp8Weights, triton_dtype
+from moe_core.ops._grouped import tensor_map
+from moe_core.ops._launch import ExpertsProblem, TileConfig
+from moe_core.ops._runtime import KernelLaunch
+
+_NO_ACTIVATION = {"ACT": None, "GATED": False, "ALPHA": 0.0, "LIMIT": 0.0}
+
+
+@dataclass
+class Rows:
+    """Where a step's rows are. STANDARD: slots grouped by expert; BATCHED: number e * C + i, `ids` None."""
+
+    ids: torch.Tensor | None
+    num_rows: torch.Tensor | None
+    capacity: int
+    max_tiles: int
+    num_tiles: torch.Tensor | None
+    key: Hashable
+
+
+@dataclass
+class Operand:
+    """Rows as a GEMM reads them: `again` where the up half has another scale, `by_expert` (gate's, up's)."""
+
+    rows: torch.Tensor
+    scale: torch.Tensor | None = None
+    again: torch.Tensor | None = None
+    by_expert: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+
+
+@dataclass(frozen=True)
+class GemmShape:
+    """Which of the two GEMMs, on which rows.
+
+    Attributes:
+        up: the first one, with the activation; else the second.
+        gather: rows are tokens, to be found by slot.
+        own_rows: rows are a workspace, known to suit a tensor map.
+        out: how the result is quantized: None, "group" or "expert".
+        split: tiles of this GEMM that make one of the list's.
+    """
+
+    up: bool
+    gather: bool
+    own_rows: bool
+    out: str | None
+    split: int
+    pdl: bool
+
+
+class TiledGemm:
+    """One program per tile and block of columns, or programs that walk them (see `_kernels/fp8_grouped.py`)."""
+
+    def __init__(
+        self, weights: Fp8Weights, problem: ExpertsProblem, tile: TileConfig, shape: GemmShape, dtype: torch.dtype
+    ):
+        from moe_core.ops._kernels.fp8_grouped import fp8_gemm_kernel
+
+        self._tile, self._shape, self._num_sms = tile, shape, problem.num_sms
+        spec, hidden, inner = weights.format, problem.hidden_size, problem.intermediate_size
+        length, self._columns = (hidden, inner) if shape.up else (inner, hidden)
+        if tile.block_k != FP8_GROUP or tile.block_n > FP8_GROUP:
+            raise ValueError(f"{tile}: FP8 tiles have block_k = {FP8_GROUP} and block_n of at most that")
+        if shape.up:
+            self._matrices, self._scales = weights.halves("w13"), weights.halves("scale13")
+            self._bias, self._next = weights.halves("bias13"), weights.input2
+            own = {**weights.up_constants(), **weights.activation_constants(), "IE2": 1}
+            if spec.activations == "tensor":
+                own["IE"] = 1
+        else:
+            self._matrices, self._scales = (weights.w2, weights.w2), (weights.scale2, weights.scale2)
+            self._bias, self._next = (weights.bias2, None), None
+            own = {**weights.down_constants(), **_NO_ACTIVATION, "BIE": hidden, "BIN": 1, "IE": 1, "IE2": 0}
+        if tile.tma:
+            box = [1, tile.block_n, tile.block_k]
+            self._matrices = tuple(tensor_map(matrix, box) for matrix in self._matrices)
+        self._map_rows = tile.tma and shape.own_rows
+        constants = {
+            "LEN": length, "N": self._columns, "K": problem.top_k, "WEIGHT": spec.weights,
+            "A_SCALE": "expert" if spec.by_expert else spec.activations, "POWER_OF_TWO": spec.power_of_two,
+            "DTYPE": triton_dtype(dtype), "MAPS": tile.tma, "TMA_A": self._map_rows, "GATHER": shape.gather,
+            "OUT": shape.out, "SPLIT": shape.split, "BM": tile.block_m, "BM_SMALL": tile.small_m or tile.block_m,
+            "BN": tile.block_n, "BK": tile.block_k, "STAGES": tile.stages, "GROUP": tile.group,
+            "PERSISTENT": tile.persistent > 0, "PDL": shape.pdl, **own,
+        }  # fmt: skip
+        self._launch = KernelLaunch(fp8_gemm_kernel, constants, warps=tile.warps, stages=tile.stages, pdl=shape.pdl)
+
+    def _maps(self, rows: torch.Tensor | None) -> tuple[Any, Any]:
+        """Tensor maps of rows, of both tile heights, or (None, None)."""
+        tile = self._tile
+        if rows is None or not self._map_rows:
+            return None, None
+        large = tensor_map(rows, [tile.block_m, tile.block_k])
+        small = tile.small_m and tile.small_m < tile.block_m
+        return large, tensor_map(rows, [tile.small_m, tile.block_k]) if small else large
+
+    def __call__(
+        self, a: Operand, c: torch.Tensor, c_scale: torch.Tensor | None, workspace: Mapping[str, torch.Tensor],
+        where: Rows,
+    ) -> None:  # fmt: skip
+        tile = self._tile
+        programs = where.max_tiles * self._shape.split * -(-self._columns // tile.block_n)
+        if tile.persistent:
+            programs = min(programs, tile.persistent * self._num_sms)
+        self._launch(
+            (programs, 1, 1), where.key,
+            a.rows, *self._maps(a.rows), a.again, *self._maps(a.again), a.scale, *self._matrices, *self._scales,
+            *a.by_expert, *self._bias, c, c_scale, self._next, workspace.get("slot_of_row"), workspace["row_end"],
+            workspace["tile_expert"], workspace["tile_row"], where.num_tiles, where.max_tiles, a.rows.stride(0),
+            0 if a.scale is None else a.scale.stride(0), c.stride(0),
+        )  # fmt: skip
+
+
+class SpecializedGemm:
+    """Loading warps and two groups that multiply (see `_kernels/fp8_specialized.py`)."""
+
+    def __init__(
+        self, weights: Fp8Weights, problem: ExpertsProblem, config: Fp8SpecializedConfig, shape: GemmShape,
+        dtype: torch.dtype,
+    ):  # fmt: skip
+        from moe_core.ops._kernels.fp8_specialized import fp8_specialized_kernel
+
+        self._config, self._shape, self._num_sms = config, shape, problem.num_sms
+        spec, hidden, inner = weights.format, problem.hidden_size, problem.intermediate_size
+        if not weights.plain or spec.activations is None or (shape.up and spec.activations == "static"):
+            raise ValueError(
+                f"{config} is for silu(gate) · up of two halves without clamp and biases, and for e4m3 activations (in "
+                f"the up GEMM not with static scales); {weights.activation}, {spec} need a TileConfig"
+            )
+        if shape.up:
+            length, self._columns, self._width = hidden, inner, FP8_GROUP
+            matrix, self._scales = weights.w13, weights.halves("scale13")
+            gate = inner if weights.activation.gate_up_layout == "up_gate" else 0
+            firsts, strides = (gate, inner - gate), weights.up_constants()
+        else:
+            length, self._columns, self._width = inner, hidden, 2 * FP8_GROUP
+            matrix, self._scales = weights.w2, (weights.scale2, weights.scale2)
+            firsts, strides = (0, FP8_GROUP), weights.down_constants()
+        self._matrix = self._map(matrix.flatten(0, 1), FP8_GROUP)
+        constants = {
+            "LEN": length, "N": self._columns, "K": problem.top_k, "W_ROWS": matrix.shape[1], "FIRST_1": firsts[0],
+            "FIRST_2": firsts[1], "SE": strides["SE"], "SN": strides["SN"], "PAIR": shape.up, "WEIGHT": spec.weights,
+            "A_SCALE": "expert" if spec.by_expert else spec.activations, "OUT": shape.out,
+            "POWER_OF_TWO": spec.power_of_two, "DTYPE": triton_dtype(dtype), "GATHER": shape.gather,
+            "BM": config.block_m, "STAGES": config.stages,
+            "GROUP": config.group,
+        }  # fmt: skip
+        self._launch = KernelLaunch(fp8_specialized_kernel, constants, warps=config.warps)
+
+    def _map(self, tensor: torch.Tensor, rows: int) -> Any:
+        from triton.experimental.gluon.language import NVMMASharedLayout, float8e4nv
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        block = [rows, FP8_GROUP]
+        layout = NVMMASharedLayout.get_default_for(block, float8e4nv)
+        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
+
+    def __call__(
+        self, a: Operand, c: torch.Tensor, c_scale: torch.Tensor | None, workspace: Mapping[str, torch.Tensor],
+        where: Rows,
+    ) -> None:  # fmt: skip
+        assert a.again is None, "a static scale of each half is for the plain kernel"
+        scale = a.by_expert[0] if a.scale is None else a.scale
+        assert scale is not None, "unquantized rows are for the plain kernel"
+        programs = min(self._num_sms, where.max_tiles * -(-self._columns // self._width))
+        rows = a.rows if self._shape.gather else self._map(a.rows, self._config.block_m)
+        self._launch(
+            (programs, 1, 1), where.key,
+            rows, self._matrix, self._matrix, c, c_scale, scale, *self._scales,
+            workspace.get("slot_of_row"), workspace["row_end"], workspace["tile_expert"], workspace["tile_row"],
+            where.max_tiles, a.rows.stride(0), scale.stride(0), c.stride(0),
+        )  # fmt: skip
+
+
+def gemm(
+    weights: Fp8Weights, problem: ExpertsProblem, config: TileConfig | Fp8SpecializedConfig, shape: GemmShape,
+    dtype: torch.dtype,
+) -> TiledGemm | SpecializedGemm:  # fmt: skip
+    """The GEMM that a configuration asks for."""
+    if isinstance(config, TileConfig):
+        return TiledGemm(weights, problem, config, shape, dtype)
+    return SpecializedGemm(weights, problem, config, shape, dtype)

@@ -1,0 +1,136 @@
+"""Which kernels run an FP8 experts step, and with which launch parameters: pure functions of host-known facts.
+
+Paths as in `_launch.py`. T tokens · H hidden · I intermediate · E_l local experts · K top-k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from moe_core.ops._fp8_weights import Fp8Format
+from moe_core.ops._launch import (
+    ExpertsProblem,
+    ScanConfig,
+    SlotsConfig,
+    TileConfig,
+    distinct_experts,
+)
+
+MAX_SCAN_SLOTS = 256
+"""More ids than this cost a scanning program more than the align kernel costs the step."""
+
+SMALL_STEP = 64 << 20
+"""Bytes of weights up to which a single token's step is better off with two kernels that convert weights in registers:
+above, a matrix unit that reads e4m3 by itself outweighs three more launches."""
+
+MANY_ROWS = 192
+"""Mean rows per expert from which tiles of 128 rows with loading warps are the fastest; below, half of them idle."""
+
+
+@dataclass(frozen=True)
+class Fp8SpecializedConfig:
+    """A GEMM with loading warps (see `_kernels/fp8_specialized.py`); its tiles are 128 × 256."""
+
+    stages: int = 4
+    group: int = 8
+    block_m: int = 128
+    warps: int = 4
+
+
+@dataclass(frozen=True)
+class Fp8GroupedConfig:
+    """The align kernel cuts rows into tiles of up.block_m; the down GEMM may cut these further."""
+
+    up: TileConfig | Fp8SpecializedConfig
+    down: TileConfig | Fp8SpecializedConfig
+    pdl: bool = True
+    path: str = "grouped"
+
+    def __post_init__(self) -> None:
+        if self.up.block_m % self.down.block_m:
+            raise ValueError(
+                f"Fp8GroupedConfig: down.block_m = {self.down.block_m} must divide up.block_m = {self.up.block_m}"
+            )
+
+
+Fp8Config = SlotsConfig | ScanConfig | Fp8GroupedConfig
+Fp8Plan = tuple[tuple[int | None, Fp8Config], ...]
+
+
+def fp8_config(problem: ExpertsProblem, spec: Fp8Format, num_tokens: int, plain: bool = True) -> Fp8Config:
+    """Slots while tokens rarely share an expert, scan while the ids are few, grouped above.
+
+    `plain`: silu(gate) · up of two halves, no clamp, no biases: what the specialized kernel computes.
+    """
+    config = _path_config(problem, spec, num_tokens, plain)
+    # Programmatic launch came with Hopper.
+    return config if problem.capability >= (9, 0) else replace(config, pdl=False)
+
+
+def _path_config(problem: ExpertsProblem, spec: Fp8Format, num_tokens: int, plain: bool) -> Fp8Config:
+    slots = num_tokens * problem.top_k
+    rows = slots / problem.num_experts
+    weights = problem.top_k * (3 if problem.gated else 2) * problem.hidden_size * problem.intermediate_size
+    if num_tokens == 1 and (weights <= SMALL_STEP or spec.activations == "tensor"):
+        return slots_config(problem)
+    if spec.activations == "tensor":  # the scale of an expert's input needs all of its rows
+        return grouped_config(problem, spec, rows, plain)
+    if num_tokens <= 8 and slots <= 1.25 * distinct_experts(problem, num_tokens):
+        return by_slot_config(problem)
+    if slots <= MAX_SCAN_SLOTS and rows <= 8:
+        return scan_config(problem)
+    return grouped_config(problem, spec, rows, plain)
+
+
+def slots_config(problem: ExpertsProblem) -> SlotsConfig:
+    """Enough programs to fill the chip, 16-byte loads; blocks are whole groups of 128 columns."""
+    up_k = min(1024, max(128, _power_of_2(problem.hidden_size)))
+    up_n = 4 if problem.hidden_size >= 4096 else 2
+    down_n = max(1, min(16, 64 // _power_of_2(problem.top_k)))
+    return SlotsConfig(up_n, up_k, 2, down_n, 128, 4)
+
+
+def by_slot_config(problem: ExpertsProblem) -> ScanConfig:
+    """One row in a tile of 16: what counts is how many bytes of weights are on their way."""
+    up = TileConfig(16, 32, 128, 4, 5) if problem.hidden_size > 2048 else TileConfig(16, 64, 128, 4, 4)
+    down = TileConfig(16, 32, 128, 2, 6) if problem.intermediate_size >= 2048 else TileConfig(16, 64, 128, 2, 4)
+    return ScanConfig(up, down, by_slot=True)
+
+
+def scan_config(problem: ExpertsProblem) -> ScanConfig:
+    """16 rows at a time: an expert with more reads its weights from L2 again."""
+    stages = 3 if problem.intermediate_size < 512 else 4
+    return ScanConfig(TileConfig(16, 32, 128, 4, 5), TileConfig(16, 128, 128, 4, stages))
+
+
+def grouped_config(problem: ExpertsProblem, spec: Fp8Format, rows: float, plain: bool) -> Fp8GroupedConfig:
+    """`rows`: mean rows per expert; `plain` as for `fp8_config`."""
+    tma = problem.capability >= (9, 0)
+    if spec.activations is None:
+        tile = TileConfig(16 if rows <= 12 else 64, 64, 128, 4, 3, tma=tma)
+        return Fp8GroupedConfig(tile, replace(tile, block_n=128), pdl=rows <= 24)
+    if rows <= 24:
+        # One height: a kernel with two of them took more registers than the smaller tiles saved.
+        tile = TileConfig(32, 64, 128, 4, 5, tma=tma)
+        if problem.intermediate_size < 2048:
+            tile = TileConfig(32, 128, 128, 4, 3, small_m=16, tma=tma)
+        return Fp8GroupedConfig(tile, tile)
+    down = TileConfig(64, 128, 128, 4, 3, tma=tma)
+    if rows < MANY_ROWS or problem.capability[0] != 9 or not plain:
+        return Fp8GroupedConfig(TileConfig(64, 128, 128, 8, 4, tma=tma), down, pdl=False)
+    wide = Fp8SpecializedConfig(group=4)
+    # Two input scales for gate and up, should they differ, are for the plain kernel.
+    up = TileConfig(128, 128, 128, 8, 3, tma=tma) if spec.activations == "static" else wide
+    return Fp8GroupedConfig(up, wide, pdl=False)
+
+
+def fp8_batched_config(problem: ExpertsProblem, spec: Fp8Format, capacity: int) -> Fp8GroupedConfig:
+    """Rows per expert are known on the device only: programs walk a list of tiles, so idle capacity costs nothing."""
+    config = grouped_config(problem, spec, min(capacity, MANY_ROWS - 1), plain=False)
+    assert isinstance(config.up, TileConfig) and isinstance(config.down, TileConfig)
+    up = replace(config.up, persistent=1 if config.up.warps == 8 else 2)
+    return Fp8GroupedConfig(up, replace(config.down, persistent=2), pdl=config.pdl and problem.capability >= (9, 0))
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,194 @@
+"""FP8 layers without a plan, that the interpreter and the GPU tests share: packed weights, inputs, the two truths.
+
+T tokens · H hidden · I intermediate · E experts · K top-k · C capacity · P halves of w13.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe_core import ActivationSpec, GateUpLayout, MoEConfig, formats
+from moe_core.emulated import EmulatedExperts, dequantize_weights
+from moe_core.ops import Activation, Fp8BatchedLauncher, Fp8ExpertsLauncher, Fp8Weights
+from moe_core.quant import QuantScheme
+from moe_core.reference import moe_reference
+from moe_core.types import Dispatched, ExpertWeights
+from quant_fp8 import schemes
+from quant_fp8.formats import format_of
+
+POISON = -(2**30) - 12345  # an index that no kernel may follow
+SCHEMES: dict[str, QuantScheme] = {scheme.name: scheme for scheme in schemes.SCHEMES} | {
+    "weight_only_block": schemes.weight_only(schemes.FP8_BLOCK),
+    "weight_only_tensor": schemes.weight_only(schemes.FP8_TENSOR),
+}
+OAI = ActivationSpec("swiglu_oai", GateUpLayout.INTERLEAVED, limit=2.0, bias=True)
+
+
+@dataclass
+class Case:
+    """`routing`: "random" (with -1 and duplicates), "one" (all to one expert), "none" (all -1) or "distinct"."""
+
+    scheme: str
+    tokens: int = 6
+    hidden: int = 144
+    intermediate: int = 160
+    experts: int = 5
+    top_k: int = 2
+    activation: ActivationSpec = ActivationSpec("silu", GateUpLayout.GATE_UP)  # noqa: RUF009 - frozen
+    ids_dtype: torch.dtype = torch.int32
+    num_rows: int | None = None
+    routing: str = "random"
+    halves_differ: bool = False
+    dtype: torch.dtype = torch.float16
+    device: str = "cpu"
+
+    @property
+    def spec(self) -> QuantScheme:
+        return SCHEMES[self.scheme]
+
+    def _draw(self, *shape: int, seed: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+    def record(self) -> ExpertWeights:
+        """Packed weights; up is 20 times smaller than gate, so scales that were mixed up would show."""
+        spec, gated = self.spec.weight, self.activation.gated
+        halves, experts, inner, hidden = 2 if gated else 1, self.experts, self.intermediate, self.hidden
+        assert spec is not None
+        parts = self._draw(experts, halves, inner, hidden, seed=1) * hidden**-0.5
+        parts[:, -1] *= 0.3
+        parts[:, :, :, hidden // 2 : hidden // 2 + 16] *= 3
+        if self.activation.gate_up_layout is GateUpLayout.UP_GATE:
+            parts = parts.flip(1)
+        q13, s13 = formats.quantize(parts, spec)
+        interleaved = self.activation.gate_up_layout is GateUpLayout.INTERLEAVED
+        if interleaved:
+            q13 = q13.view(torch.uint8).transpose(1, 2).contiguous().view(torch.float8_e4m3fn)
+        if spec.group_shape[0] == 1:
+            s13 = (s13.transpose(1, 2) if interleaved else s13).reshape(experts, halves * inner, -1)
+        q2, s2 = formats.quantize(self._draw(experts, hidden, inner, seed=2) * inner**-0.5, spec)
+        tensors: dict[str, Any] = {
+            "w13": q13.reshape(experts, halves * inner, hidden), "w2": q2, "w13_scale": s13, "w2_scale": s2,
+        }  # fmt: skip
+        activation = self.spec.activation
+        if activation is not None and not activation.dynamic:
+            steps = torch.linspace(1, 1.5, experts)[:, None]
+            tensors["w13_input_scale"] = steps * torch.full((experts, halves), 16.0 / 448)
+            if self.halves_differ:
+                tensors["w13_input_scale"][::2, -1] *= 3
+            tensors["w2_input_scale"] = steps * 32.0 / 448
+        if self.activation.bias:
+            tensors["w13_bias"] = self._draw(experts, halves * inner, seed=3).to(self.dtype)
+            tensors["w2_bias"] = self._draw(experts, hidden, seed=4).to(self.dtype)
+        tensors = {name: tensor.contiguous().to(self.device) for name, tensor in tensors.items()}
+        return ExpertWeights(gate_up_layout=self.activation.gate_up_layout, **tensors)
+
+    def weights(self, record: ExpertWeights) -> Fp8Weights:
+        form, spec = format_of(self.spec), self.activation
+        assert not isinstance(form, str)
+        layout = spec.gate_up_layout
+        return Fp8Weights(
+            record.w13, record.w2, record.w13_scale, record.w2_scale, form,
+            Activation(spec.function, layout and layout.value, spec.limit, spec.alpha), record.w13_bias, record.w2_bias,
+            record.w13_input_scale, record.w2_input_scale,
+        )  # fmt: skip
+
+    def inputs(self, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x, ids, router weights; weights at id -1 are NaN."""
+        generator = torch.Generator().manual_seed(1000 + seed)
+        x = torch.randn(self.tokens, self.hidden, generator=generator).to(self.dtype)
+        shape = (self.tokens, self.top_k)
+        if self.routing == "random":
+            ids = torch.randint(-1, self.experts, shape, generator=generator)
+        elif self.routing == "distinct":
+            ids = torch.rand(self.tokens, self.experts, generator=generator).topk(self.top_k, dim=1).indices
+        else:
+            ids = torch.full(shape, self.experts - 1 if self.routing == "one" else -1)
+        router = torch.rand(shape, generator=generator).masked_fill(ids < 0, float("nan"))
+        return x.to(self.device), ids.to(self.device, self.ids_dtype), router.to(self.device)
+
+    def config(self) -> MoEConfig:
+        return MoEConfig(
+            num_experts=self.experts, top_k=self.top_k, hidden_size=self.hidden, dtype=self.dtype,
+            intermediate_size=self.intermediate, activation=self.activation,
+        )  # fmt: skip
+
+    def row_count(self) -> torch.Tensor | None:
+        return None if self.num_rows is None else torch.tensor([self.num_rows], dtype=torch.int32, device=self.device)
+
+    def emulated(self, record: ExpertWeights, **dispatched: Any) -> torch.Tensor:
+        """By `EmulatedExperts`: the same quantization at the same points, in torch."""
+        out = torch.zeros(dispatched["x"].shape, dtype=self.dtype, device=self.device)
+        EmulatedExperts(self.config(), self.spec).apply(Dispatched(handle=None, **dispatched), record, {}, out)
+        return out
+
+    def exact(self, record: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+        """In float64 on the dequantized weights, activations as they are."""
+        assert self.spec.weight is not None
+        plain = dequantize_weights(record, self.spec.weight)
+        return moe_reference(x, ids, router, plain, self.activation, compute_dtype=torch.float64)
+
+
+def poisoned(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], device: str) -> dict[str, torch.Tensor]:
+    """Workspace tensors full of NaN and of indices that must never be followed."""
+    space = {}
+    for name, (shape, dtype) in shapes.items():
+        if dtype is torch.float8_e4m3fn:
+            space[name] = torch.full(shape, 0x7F, dtype=torch.uint8, device=device).view(dtype)
+        else:
+            fill = float("nan") if dtype.is_floating_point else POISON
+            space[name] = torch.full(shape, fill, dtype=dtype, device=device)
+    return space
+
+
+def run(case: Case, config: Any = None, given: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(result, emulation, float64) of one step on poisoned memory; only the rows that must be written.
+
+    `given`: a dispatch has quantized x already.
+    """
+    record = case.record()
+    launcher = Fp8ExpertsLauncher(
+        case.weights(record), top_k=case.top_k, dtype=case.dtype, plan=None if config is None else ((None, config),)
+    )
+    x, ids, router = case.inputs()
+    out = torch.full_like(x, float("nan"))
+    sent, scale = x, None
+    if given:
+        assert case.spec.activation is not None
+        sent, scale = (part.to(case.device) for part in formats.quantize(x.cpu(), case.spec.activation))
+    count = case.row_count()
+    launcher(sent, ids, router, poisoned(launcher.workspace(case.tokens), case.device), out, count, scale)
+    emulated = case.emulated(record, x=sent, x_scale=scale, topk_ids=ids, topk_weights=router, num_rows=count)
+    exact = case.exact(record, x, ids, torch.nan_to_num(router))
+    return out[: case.num_rows], emulated[: case.num_rows], exact[: case.num_rows]
+
+
+def run_batched(
+    case: Case, counts: tuple[int, ...], capacity: int, config: Any = None, given: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(result, emulation) of one batched step; rows past the counts are NaN."""
+    record = case.record()
+    launcher = Fp8BatchedLauncher(case.weights(record), dtype=case.dtype, config=config)
+    # A padded hidden dim: rows are views of longer ones.
+    x = torch.full((case.experts, capacity, case.hidden + 16), float("nan"), dtype=case.dtype)
+    for expert, rows in enumerate(counts):
+        x[expert, :rows, : case.hidden] = case._draw(rows, case.hidden, seed=50 + expert)
+    x = x[:, :, : case.hidden].to(case.device)
+    count = torch.tensor(counts, dtype=torch.int32, device=case.device)
+    out = torch.full_like(x, float("nan"))
+    sent, scale = x, None
+    if given:
+        assert case.spec.activation is not None
+        sent, scale = (part.to(case.device) for part in formats.quantize(x.cpu(), case.spec.activation))
+    launcher(sent, count, poisoned(launcher.workspace(capacity), case.device), out, scale)
+    return out, case.emulated(record, x=sent, x_scale=scale, tokens_per_expert=count)
+
+
+def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative Frobenius error; the norm of `out` where zeros are expected; NaN if anything is not finite."""
+    if not torch.isfinite(out).all():
+        return float("nan")
+    scale = expected.double().norm()
+    return float((out.double() - expected.double()).norm() / (scale if scale > 0 else 1.0))

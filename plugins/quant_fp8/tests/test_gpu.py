@@ -1,0 +1,240 @@
+"""FP8 experts on a CUDA device (`python -m pytest plugins/quant_fp8/tests/test_gpu.py`); elsewhere all are skipped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fp8_case import OAI, SCHEMES, Case, poisoned, relative_error, run, run_batched
+
+import moe_core
+from moe_core import ActivationSpec, GateUpLayout, MoEConfig, RouterSpec, formats
+from moe_core.ops import Fp8ExpertsLauncher, Fp8GroupedConfig, Fp8SpecializedConfig, ScanConfig, SlotsConfig, TileConfig
+from quant_fp8 import plugin, schemes
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
+        reason="needs a CUDA device of compute capability 8.9",
+    ),
+]
+TILE = TileConfig(64, 128, 128, 4, 3, small_m=32, tma=HOPPER)
+WARPS = Fp8SpecializedConfig()
+PATHS = {
+    "slots": SlotsConfig(2, 256, 2, 4, 128, 4, pdl=HOPPER),
+    "scan": ScanConfig(TileConfig(16, 32, 128, 4, 4), TileConfig(16, 64, 128, 4, 4), pdl=HOPPER),
+    "by_slot": ScanConfig(TileConfig(16, 32, 128, 4, 4), TileConfig(16, 64, 128, 4, 4), by_slot=True, pdl=HOPPER),
+    "grouped": Fp8GroupedConfig(TILE, TILE, pdl=HOPPER),
+    "specialized": Fp8GroupedConfig(WARPS, WARPS, pdl=False),
+}
+ROUNDING = 0.006  # bf16 rows before the sum, which the emulation adds up in float32
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plugin_of_this_checkout() -> None:
+    """A GPU machine may hold the checkout alone: then the plugin is registered in process."""
+    from moe_core.plugins import register_plugin, registry
+
+    if "fp8_triton" not in registry().experts:
+        register_plugin(plugin, "fp8")
+
+
+def bound(scheme: str) -> float:
+    """The largest error against float64: of weights alone, or of e4m3 activations too."""
+    return 0.006 if "weight_only" in scheme else 0.05
+
+
+def runs(scheme: str, path: str) -> bool:
+    if path == "specialized":
+        return HOPPER and "weight_only" not in scheme and scheme != "fp8_tensor"
+    return scheme != "fp8_tensor_dynamic" or path == "grouped"
+
+
+@pytest.mark.parametrize(("scheme", "path"), [(s, p) for s in SCHEMES for p in PATHS if runs(s, p)])
+def test_schemes_and_paths(scheme, path):
+    case = Case(scheme, tokens=40, hidden=272, experts=7, top_k=3, dtype=torch.bfloat16, device="cuda")
+    out, emulated, exact = run(case, PATHS[path])
+    assert relative_error(out, emulated) <= ROUNDING
+    assert relative_error(out, exact) <= bound(scheme)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 30, 200, 1500])
+@pytest.mark.parametrize("scheme", ["fp8_block", "fp8_tensor", "fp8_tensor_dynamic", "fp8_channel", "fp8_weight_only"])
+def test_own_choice(scheme, tokens):
+    case = Case(scheme, tokens, 512, 256, 16, 4, routing="distinct", dtype=torch.bfloat16, device="cuda")
+    out, emulated, exact = run(case)
+    assert relative_error(out, emulated) <= ROUNDING
+    assert relative_error(out, exact) <= bound(scheme)
+
+
+@pytest.mark.parametrize("activation", [
+    OAI, ActivationSpec("gelu", GateUpLayout.UP_GATE, limit=0.7), ActivationSpec("relu2", None),
+], ids=["oai", "up_gate", "relu2"])  # fmt: skip
+@pytest.mark.parametrize("tokens", [2, 40, 300])
+def test_activations_and_layouts(activation, tokens):
+    for scheme in ("fp8_block", "fp8_channel"):
+        case = Case(scheme, tokens, activation=activation, num_rows=tokens - 1, dtype=torch.bfloat16, device="cuda")
+        out, emulated, _ = run(case)
+        assert relative_error(out, emulated) <= ROUNDING
+
+
+@pytest.mark.parametrize("path", ["slots", "scan", "grouped"])
+def test_gate_and_up_with_different_input_scales(path):
+    case = Case("fp8_tensor", tokens=40, halves_differ=True, dtype=torch.bfloat16, device="cuda")
+    out, emulated, _ = run(case, PATHS[path])
+    assert relative_error(out, emulated) <= ROUNDING
+
+
+@pytest.mark.parametrize("scheme", ["fp8_block", "fp8_tensor", "fp8_tensor_dynamic", "fp8_channel", "fp8_weight_only"])
+@pytest.mark.parametrize("given", [False, True], ids=["plain", "given"])
+def test_batched(scheme, given):
+    if given and scheme not in schemes.ROW_WISE:
+        pytest.skip("not quantized row by row")
+    counts = (0, 37, 5, 150, 1)
+    case = Case(scheme, dtype=torch.bfloat16, device="cuda")
+    out, emulated = run_batched(case, counts, 150, given=given)
+    for expert, rows in enumerate(counts):
+        assert rows == 0 or relative_error(out[expert, :rows], emulated[expert, :rows]) <= ROUNDING
+        assert torch.isnan(out[expert, rows:]).all()
+
+
+@pytest.mark.parametrize("scheme", ["fp8_block", "fp8_block_ue8m0", "fp8_channel"])
+def test_quantizers_have_the_formats_bits(scheme):
+    from moe_core.ops._fp8_quantize import QuantizeRows
+
+    spec = SCHEMES[scheme].activation
+    x = torch.randn(64, 720, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 30, 64)[:, None]
+    x[1], x[2, 5], x[3, 700], x[4, :128] = 0, torch.inf, torch.nan, 448.0
+    x = x.to(torch.bfloat16)
+    wanted, wanted_scale = formats.quantize(x, spec)
+    q = torch.empty(64, 720, dtype=torch.float8_e4m3fn, device="cuda")
+    scale = torch.empty(wanted_scale.shape, device="cuda")
+    by_group = spec.group_shape[1] != -1
+    launch = QuantizeRows(720, by_group=by_group, power_of_two=scheme.endswith("ue8m0"), pdl=False)
+    launch(x.cuda(), q, scale, None)
+    q, scale, there = q.cpu().float(), scale.cpu(), wanted.float().isfinite()
+    assert torch.equal(q[there], wanted.float()[there])
+    assert torch.equal(q.isfinite(), there)
+    assert torch.equal(scale.nan_to_num(-1), wanted_scale.nan_to_num(-1))
+
+
+def test_static_scales_saturate_what_is_finite():
+    from moe_core.ops._fp8_quantize import QuantizeByExpert
+
+    x = torch.tensor([[1e30, -1e30, 448.0, 464.0, 0.01, torch.inf, torch.nan, 0.0] * 2], dtype=torch.bfloat16)
+    scales = torch.tensor([0.02, 1e-6])
+    q = torch.empty(2, 16, dtype=torch.float8_e4m3fn, device="cuda")
+    ids = torch.tensor([[0, 1]], dtype=torch.int32, device="cuda")
+    launch = QuantizeByExpert(16, 2, 2, 1, pdl=False)
+    launch(x.cuda(), ids, None, None, q, None, scales.cuda(), None, None, 0, None)
+    wanted = torch.cat([formats.to_e4m3(x.float() / scale) for scale in scales]).float()
+    torch.testing.assert_close(q.cpu().float(), wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("path", ["slots", "scan", "grouped", "specialized"])
+@pytest.mark.parametrize("scheme", ["fp8_block", "fp8_channel"])
+def test_nan_and_inf_reach_their_own_token_and_no_other(scheme, path):
+    if not runs(scheme, path):
+        pytest.skip("not on this device")
+    case = Case(scheme, tokens=6, dtype=torch.bfloat16, device="cuda")
+    record = case.record()
+    launcher = Fp8ExpertsLauncher(case.weights(record), top_k=2, dtype=torch.bfloat16, plan=((None, PATHS[path]),))
+    x, _, _ = case.inputs()
+    ids = torch.tensor([[0, 1], [2, -1], [-1, -1], [2, 3], [0, 3], [3, 1]], dtype=torch.int32, device="cuda")
+    ones = torch.ones(6, 2, device="cuda")
+
+    def step() -> torch.Tensor:
+        out = torch.full_like(x, float("nan"))
+        return launcher(x, ids, ones, poisoned(launcher.workspace(6), "cuda"), out)
+
+    clean = step()
+    assert bool((clean[2] == 0).all())
+    x[1, 5], x[4, 7], x[2, 3] = torch.inf, torch.nan, torch.nan
+    got = step()
+    assert not bool(got[[1, 4]].isfinite().any())
+    kept = [0, 2, 3, 5]
+    assert torch.equal(got[kept], clean[kept])
+
+
+def test_blocks_of_zeros_and_of_the_largest_values():
+    case = Case("fp8_block", tokens=9, hidden=256, intermediate=256, dtype=torch.bfloat16, device="cuda")
+    record = case.record()
+    record.w13.view(torch.uint8)[:, :128, :128] = 0
+    record.w2.view(torch.uint8)[:, 128:, 128:] = 0x7E  # 448
+    x, ids, router = case.inputs()
+    x[3], x[4] = 0, 3e4
+    wanted = case.emulated(record, x=x, topk_ids=ids, topk_weights=router)
+    for path in ("slots", "scan", "grouped"):
+        launcher = Fp8ExpertsLauncher(case.weights(record), top_k=2, dtype=torch.bfloat16, plan=((None, PATHS[path]),))
+        out = launcher(x, ids, router, poisoned(launcher.workspace(9), "cuda"), torch.empty_like(x))
+        assert relative_error(out, wanted) <= ROUNDING
+
+
+E, H, I, K = 16, 256, 384, 4
+
+
+def layer(scheme, **changes):
+    dispatch, experts = changes.pop("dispatch", None), changes.pop("experts", None)
+    config = MoEConfig(
+        **{"num_experts": E, "top_k": K, "hidden_size": H, "intermediate_size": I, "dtype": torch.bfloat16,
+           "router": RouterSpec.of("softmax", renormalize=True), **changes}
+    )  # fmt: skip
+    runner = moe_core.build_runner(config, scheme=scheme, device="cuda", dispatch=dispatch, experts=experts)
+    generator = torch.Generator().manual_seed(0)
+    for expert in range(E):
+        for name, shape in {"gate": (I, H), "up": (I, H), "down": (H, I)}.items():
+            runner.routed_experts.load_expert(expert, name, torch.randn(shape, generator=generator) * 0.1)
+            if scheme == "fp8_tensor":
+                runner.routed_experts.load_expert(expert, f"{name}_input_scale", torch.tensor(8.0 / 448))
+    runner.routed_experts.pack_weights()
+    return runner
+
+
+def inputs(tokens, seed=1):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    draw = {"generator": generator, "device": "cuda"}
+    return torch.randn(tokens, H, **draw).to(torch.bfloat16), torch.randn(tokens, E, **draw)
+
+
+@pytest.mark.parametrize("scheme", [scheme.name for scheme in schemes.SCHEMES])
+def test_chosen_on_a_gpu_without_being_told(scheme):
+    runner, emulated = layer(scheme), layer(scheme, experts="fp8_torch")
+    assert [r.candidate.name for r in runner.plan.ranges] == ["fp8_triton"]
+    for tokens in (0, 1, 9, 300):
+        x, logits = inputs(tokens)
+        got = runner(x, logits)
+        assert tokens == 0 or relative_error(got, emulated(x, logits)) <= ROUNDING
+
+
+@pytest.mark.parametrize("scheme", ["fp8_block", "fp8_tensor", "fp8_tensor_dynamic", "fp8_channel"])
+@pytest.mark.parametrize("tokens", [1, 16, 300])
+def test_a_captured_step_never_waits_and_follows_the_routing(scheme, tokens):
+    runner = layer(scheme, cuda_graph=True, max_tokens_per_rank=tokens)
+    x, logits = inputs(tokens)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        runner(x, logits)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        runner(x, logits)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = runner(x, logits)
+    for seed in range(3):
+        new_x, new_logits = inputs(tokens, seed)
+        x.copy_(new_x)
+        logits.copy_(new_logits)
+        graph.replay()
+        assert torch.equal(out, runner(x, logits)), "the same bits in a graph and out of it, every time"
+
+
+def test_a_compiled_layer_equals_the_eager_one():
+    torch._dynamo.reset()
+    runner = layer("fp8_block")
+    compiled = torch.compile(lambda x, logits: torch.relu(runner(x * 2, logits)), fullgraph=True, dynamic=True)
+    for tokens in (3, 200):
+        x, logits = inputs(tokens)
+        torch.testing.assert_close(compiled(x, logits), torch.relu(runner(x * 2, logits)))

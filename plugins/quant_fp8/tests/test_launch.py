@@ -1,0 +1,117 @@
+"""The FP8 launch choice, workspaces and checks: pure, so tested without a GPU and without Triton."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from moe_core.ops import (
+    ExpertsProblem,
+    Fp8ExpertsLauncher,
+    Fp8Format,
+    Fp8GroupedConfig,
+    Fp8SpecializedConfig,
+    ScanConfig,
+    SlotsConfig,
+    TileConfig,
+    fp8_batched_workspace,
+    fp8_workspace,
+)
+from moe_core.ops._fp8_launch import fp8_batched_config, fp8_config
+from quant_fp8 import schemes
+from quant_fp8.formats import format_of
+
+QWEN3 = ExpertsProblem(128, 8, 2048, 768, itemsize=1)
+MIXTRAL = ExpertsProblem(8, 2, 4096, 14336, itemsize=1)
+BLOCK, STATIC, DYNAMIC = Fp8Format("block", "group"), Fp8Format("tensor", "static"), Fp8Format("tensor", "tensor")
+
+
+def path(problem, tokens, spec=BLOCK):
+    config = fp8_config(problem, spec, tokens)
+    return "by slot" if isinstance(config, ScanConfig) and config.by_slot else config.path
+
+
+def test_paths_by_the_number_of_tokens():
+    assert [path(QWEN3, t) for t in (1, 4, 16, 64, 4096)] == ["slots", "by slot", "scan", "grouped", "grouped"]
+    # One token of Mixtral reads 350 MB: there the matrix unit pays. Two of eight experts: slots would read some twice.
+    assert [path(MIXTRAL, t) for t in (1, 4, 64)] == ["by slot", "scan", "grouped"]
+    # The scale of an expert's input needs all of its rows: beyond one token they are sorted first.
+    assert [path(QWEN3, t, DYNAMIC) for t in (1, 2, 16)] == ["slots", "grouped", "grouped"]
+
+
+def test_loading_warps_where_experts_have_many_rows_and_the_activation_is_the_one_they_know():
+    kinds = {
+        (4096, True): (Fp8SpecializedConfig,) * 2,
+        (1024, True): (TileConfig,) * 2,
+        (4096, False): (TileConfig,) * 2,
+    }
+    for (tokens, plain), kind in kinds.items():
+        config = fp8_config(QWEN3, BLOCK, tokens, plain)
+        assert (type(config.up), type(config.down)) == kind
+    assert isinstance(fp8_config(QWEN3, STATIC, 4096).up, TileConfig)
+
+
+@pytest.mark.parametrize("scheme", schemes.SCHEMES, ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("tokens", [1, 8, 100, 5000])
+@pytest.mark.parametrize("experts", [1, 7, 512])
+@pytest.mark.parametrize("top_k", [1, 5, 16])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(2880, 1408), (64, 32), (16384, 53248)])
+def test_tiles_fit_everywhere(scheme, tokens, experts, top_k, hidden, intermediate):
+    if top_k > experts:
+        pytest.skip("K > E")
+    problem, spec = ExpertsProblem(experts, top_k, hidden, intermediate, itemsize=1), format_of(scheme)
+    configs = [fp8_config(problem, spec, tokens), fp8_batched_config(problem, spec, tokens)]
+    width = 2 if spec.activations is None else 1  # bytes of an activation
+    for config in configs:
+        if isinstance(config, SlotsConfig):
+            assert 2 * config.up_n * config.up_k <= 128 * 32 * config.up_warps
+            assert config.up_k % 128 == config.down_k % 128 == 0
+            assert (1 << (top_k - 1).bit_length()) * config.down_n * config.down_k <= 128 * 32 * config.down_warps
+            continue
+        for tile, columns in ((config.up, 2), (config.down, 1)):
+            if isinstance(tile, TileConfig):
+                assert tile.block_k == 128
+                assert tile.stages * (tile.block_m * width + tile.block_n * columns) * 128 <= 227 * 1024
+
+
+def test_workspaces_are_host_arithmetic():
+    shapes = fp8_workspace(QWEN3, BLOCK, torch.bfloat16, 64)
+    assert shapes["act_scale"] == ((512, 6), torch.float32)
+    assert shapes["x_q"] == ((64, 2048), torch.float8_e4m3fn)
+    assert "x_q" not in fp8_workspace(QWEN3, STATIC, torch.bfloat16, 64)
+    assert fp8_batched_workspace(QWEN3, STATIC, torch.bfloat16, 64)["x_q"][0] == (2 * 128 * 64, 2048)
+    assert set(shapes) >= {"act", "y", "row_end"}
+
+
+def test_what_the_kernels_cannot_read_has_a_reason():
+    with pytest.raises(ValueError, match="weights 'block' go with them"):
+        Fp8Format("channel", "group")
+    with pytest.raises(ValueError, match="down.block_m = 128 must divide up.block_m = 64"):
+        tile = TileConfig(64, 128, 128, 4, 3)
+        Fp8GroupedConfig(tile, dataclasses.replace(tile, block_m=128))
+    answer = format_of(schemes.block_scheme((64, 32), schemes.ScaleFormat.FP32))
+    assert isinstance(answer, str)
+    assert "blocks of 128 × 128" in answer
+
+
+def test_inputs_of_the_wrong_kind_are_named():
+    from fp8_case import OAI, Case, poisoned
+
+    case = Case("fp8_block", dtype=torch.bfloat16)
+    record = case.record()
+    launcher = Fp8ExpertsLauncher(case.weights(record), top_k=2, dtype=torch.bfloat16)
+    x, ids, router = case.inputs()
+    space = poisoned(launcher.workspace(case.tokens), "cpu")
+    with pytest.raises(ValueError, match=r"x is \(6, 144\) torch.float32"):
+        launcher(x.float(), ids, router, space, torch.empty_like(x))
+    with pytest.raises(ValueError, match=r"x_scale is \(6, 1\).*takes \[6, 2\]"):
+        launcher(x.to(torch.float8_e4m3fn), ids, router, space, torch.empty_like(x), None, torch.ones(6, 1))
+    wide = Fp8SpecializedConfig()
+    config = Fp8GroupedConfig(wide, wide)
+    other = Case("fp8_block", activation=OAI, dtype=torch.bfloat16)
+    launcher = Fp8ExpertsLauncher(other.weights(other.record()), top_k=2, dtype=torch.bfloat16, plan=((None, config),))
+    pytest.importorskip("triton")
+    with pytest.raises(ValueError, match="need a TileConfig"):
+        launcher(x, ids, router, space, torch.empty_like(x))
