@@ -1,20 +1,20 @@
-"""Shapes, inputs, floors and timing that the experts benchmarks and the tuner share.
+"""Shapes, inputs, floors and timing that the experts benchmarks share.
 
 T tokens · H hidden · I intermediate · E experts · K top-k.
 """
 
 from __future__ import annotations
 
-import itertools
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from moe_core import timing
 from moe_core.ops import Activation
+from moe_core.timing import capture, event_us  # noqa: F401 - the other benchmarks take their timing from here
 
 NUM_INPUT_SETS = 8  # inputs rotate, so that nothing is in L2 by accident
 GRAPH_UP_TO = 1024  # larger steps are timed eagerly: their host time does not matter
@@ -135,57 +135,9 @@ def distinct_experts(sets: list[Inputs]) -> float:
     return statistics.mean(s.ids.unique().numel() for s in sets)
 
 
-def event_us(call: Callable[[], object], repeats: int = 10, warmup: int = 2) -> float:
-    """Median device time of one call, by events."""
-    for _ in range(warmup):
-        call()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * repeats)]
-    for i in range(repeats):
-        events[2 * i].record()
-        call()
-        events[2 * i + 1].record()
-    torch.cuda.synchronize()
-    return statistics.median(events[2 * i].elapsed_time(events[2 * i + 1]) * 1e3 for i in range(repeats))
-
-
-def capture(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """One graph of all calls, warmed up on a side stream."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
-
-
-def settle(seconds: float = 0.5) -> None:
-    """Lets the chip cool: the ceilings are measured cold too, and a hot chip is up to 12 % slower."""
-    torch.cuda.synchronize()
-    time.sleep(seconds)
-
-
 def step_us(calls: list[Callable[[], object]], tokens: int, repeats: int = 10, pause: float = 0.5) -> float:
-    """Time of one of `calls`, which are one step on several input sets: a graph of all up to T = 1024, else eager.
-
-    Both for about as long as the matmul ceiling is, 30 ms: a chip that has run longer is slower, by up to 12 %.
-    """
-    if tokens <= GRAPH_UP_TO:
-        graph = capture(calls)
-        settle(pause)
-        once = event_us(graph.replay, 1, 1)
-        return event_us(graph.replay, min(repeats, max(3, int(30e3 / once))), 0) / len(calls)
-    for call in calls[:2]:
-        call()
-    once = event_us(calls[-1], 1, 0)
-    settle(pause)
-    rotating = itertools.cycle(calls)
-    return event_us(lambda: next(rotating)(), min(20, max(5, int(30e3 / once))), 1)
+    """Time of one of `calls`, which are one step on several input sets: a graph of all up to T = 1024, else eager."""
+    return timing.step_us(calls, graph=tokens <= GRAPH_UP_TO, repeats=repeats, pause=pause)
 
 
 def ceilings() -> tuple[float, float]:

@@ -257,8 +257,9 @@ def main() -> None:
     copy, matmul = cases.ceilings()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {copy / 1e12:.2f} TB/s, "
           f"bf16 matmul {matmul / 1e12:.0f} TFLOP/s", flush=True)  # fmt: skip
+    shapes = {name: vars(cases.SHAPES[name]) for name in arguments.shapes.split(",")}
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy": copy,
-                              "matmul": matmul, "steps": [], "batched": []}  # fmt: skip
+                              "matmul": matmul, "shapes": shapes, "steps": [], "batched": []}  # fmt: skip
     for name in arguments.shapes.split(","):
         shape = cases.SHAPES[name]
         weights = cases.make_weights(shape, "cuda")

@@ -9,20 +9,17 @@ from typing import Any
 
 import torch
 
+from moe_core.ops._align import AlignLaunch
 from moe_core.ops._launch import (
+    AlternatingConfig,
     ExpertsProblem,
     GroupedConfig,
-    ResidentConfig,
-    SpecializedConfig,
     TileConfig,
     align_tiles,
 )
 from moe_core.ops._reduce import ReduceLaunch
 from moe_core.ops._runtime import KernelLaunch
 from moe_core.ops._weights import LayerWeights, stride_constants
-
-ALIGN_VECTOR = 128  # ids that a warp of the align kernel loads at a time: 16 bytes a thread
-ALIGN_MANY = 16384  # from so many slots on, 32 of its warps were faster than 16
 
 _NO_ACTIVATION = {
     "ACT": None, "GATED": False, "INTERLEAVED": False, "UP_FIRST": False, "ALPHA": 0.0, "LIMIT": 0.0,
@@ -34,6 +31,26 @@ def tensor_map(tensor: torch.Tensor, block: list[int]) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+
+
+def gluon_map(tensor: torch.Tensor, block: list[int]) -> Any:
+    """The same for a Gluon kernel, which wants the layout in shared memory too."""
+    from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = NVMMASharedLayout.get_default_for(block, bfloat16 if tensor.dtype == torch.bfloat16 else float16)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
+
+
+def check_rows_of_16_bits(weights: LayerWeights, problem: ExpertsProblem, who: str) -> torch.Tensor:
+    """w2, if all experts' rows may be one dim of a tensor map of 16-bit values."""
+    w2 = weights.w2
+    if problem.w2_unit != "k" or w2.stride(0) != w2.shape[1] * w2.stride(1) or w2.element_size() != 2:
+        raise ValueError(
+            f"{who} reads 16-bit weights [E_l, H, I] with all rows at one stride; w2 is {w2.dtype} with strides "
+            f"{w2.stride()}; use a TileConfig for it"
+        )
+    return w2
 
 
 def up_map(weights: LayerWeights, unit: str, tile: TileConfig) -> Any:
@@ -78,12 +95,9 @@ class GroupedGemms:
             up, stride_constants(weights.w13), weights.activation_constants(), problem.hidden_size,
             problem.intermediate_size, problem.w13_unit, gather=not batched, weighted=weight_on_input,
         )  # fmt: skip
-        self._special: ResidentDown | SpecializedDown | None = None
-        if isinstance(down, ResidentConfig):
-            self._special = ResidentDown(weights, problem, down, config.pdl)
-            return
-        if isinstance(down, SpecializedConfig):
-            self._special = SpecializedDown(weights, problem, down)
+        self._alternating: AlternatingDown | None = None
+        if isinstance(down, AlternatingConfig):
+            self._alternating = AlternatingDown(weights, problem, down)
             return
         self._w2 = down_map(weights, problem.w2_unit, down) if down.tma else weights.w2
         self._down = self._launch(
@@ -97,14 +111,17 @@ class GroupedGemms:
     ) -> KernelLaunch:  # fmt: skip
         from moe_core.ops._kernels.grouped import grouped_gemm_kernel
 
+        split = self.config.up.block_m // tile.block_m
+        # Halves through pointers have two accumulators already: no room for a taller tile's.
+        pair = activation["GATED"] and not activation["INTERLEAVED"] and not tile.tma
         constants = {
             "LEN": length, "N": columns, "K": self.problem.top_k, **strides, **activation, "GATHER": gather,
             "WEIGHTED": weighted, "PRECISION": "ieee",
             "TMA_A": tile.tma and not gather and length * self.problem.itemsize % 16 == 0,
             "TMA_W": unit if tile.tma else "", "BM": tile.block_m, "BM_SMALL": tile.small_m or tile.block_m,
             "BN": tile.block_n, "BK": tile.block_k, "STAGES": tile.stages, "GROUP": tile.group,
-            "PERSISTENT": tile.persistent > 0, "SPLIT": self.config.up.block_m // tile.block_m,
-            "PDL": self.config.pdl,
+            "TALL": tile.tall and split == 1 and not pair,
+            "PERSISTENT": tile.persistent > 0, "SPLIT": split, "PDL": self.config.pdl,
         }  # fmt: skip
         return KernelLaunch(grouped_gemm_kernel, constants, warps=tile.warps, stages=tile.stages, pdl=self.config.pdl)
 
@@ -137,8 +154,8 @@ class GroupedGemms:
             x, x_map, x_map_small, self._w13, weights.bias13, act, slot_of_row, *tiles, router_weights, num_tiles,
             max_tiles, x.stride(0), problem.intermediate_size,
         )  # fmt: skip
-        if self._special is not None:
-            self._special(act, out, workspace, max_tiles, key)
+        if self._alternating is not None:
+            self._alternating(act, out, workspace["row_end"], key)
             return
         assert isinstance(config.down, TileConfig)
         act_map, act_map_small = self._maps(config.down, act, unit_rows=True)
@@ -149,91 +166,47 @@ class GroupedGemms:
         )  # fmt: skip
 
 
-class ResidentDown:
-    """The down GEMM with resident weights: one launch over (expert, part of its rows, block of columns)."""
+class AlternatingDown:
+    """The down GEMM with resident weights and two warpgroups in turns: one program per multiprocessor."""
 
-    def __init__(self, weights: LayerWeights, problem: ExpertsProblem, config: ResidentConfig, pdl: bool):
-        from moe_core.ops._kernels.resident import resident_down_kernel
+    def __init__(self, weights: LayerWeights, problem: ExpertsProblem, config: AlternatingConfig):
+        from moe_core.ops._kernels.alternating import alternating_down_kernel
 
-        self._weights, self._block_m = weights, config.block_m
-        self._padded = 1 << (problem.intermediate_size - 1).bit_length()
-        self._w2 = tensor_map(weights.w2, [1, config.block_n, self._padded])
+        w2 = check_rows_of_16_bits(weights, problem, "AlternatingConfig")
+        self._weights, self._block_n = weights, config.block_n
+        self._padded = max(64, 1 << (problem.intermediate_size - 1).bit_length())
+        self._w2 = gluon_map(w2.flatten(0, 1), [config.block_n, self._padded])
         blocks = -(-problem.hidden_size // config.block_n)
-        self._grid = (blocks * problem.num_experts * config.split, 1, 1)
-        self._launch = KernelLaunch(
-            resident_down_kernel,
-            {"H": problem.hidden_size, "IP": self._padded, "BM": config.block_m, "BN": config.block_n,
-             "SPLIT": config.split, "STAGES": config.stages, "PDL": pdl},
-            warps=config.warps, stages=config.stages, pdl=pdl,
-        )  # fmt: skip
-
-    def __call__(
-        self, act: torch.Tensor, out: torch.Tensor, workspace: dict[str, torch.Tensor], max_tiles: int, key: Any
-    ) -> None:
-        act_map = tensor_map(act, [self._block_m, self._padded])
-        self._launch(self._grid, key, act_map, self._w2, self._weights.bias2, out, workspace["row_end"])
-
-
-class SpecializedDown:
-    """The down GEMM with a loading warp: one program per multiprocessor walks the tiles."""
-
-    def __init__(self, weights: LayerWeights, problem: ExpertsProblem, config: SpecializedConfig):
-        from moe_core.ops._kernels.specialized import specialized_down_kernel
-
-        w2 = weights.w2
-        if problem.w2_unit != "k" or w2.stride(0) != w2.shape[1] * w2.stride(1) or w2.element_size() != 2:
-            raise ValueError(
-                f"SpecializedConfig reads 16-bit weights [E_l, H, I] with all rows at one stride; w2 is {w2.dtype} "
-                f"with strides {w2.stride()}; use a TileConfig for it"
-            )
-        self._weights, self._problem, self._config = weights, problem, config
-        self._w2 = self._map(w2.flatten(0, 1), config.block_n)
+        self._grid = (min(problem.num_sms, blocks * problem.num_experts), 1, 1)
         constants = {
-            "LEN": problem.intermediate_size, "N": problem.hidden_size, "BM": config.block_m, "BN": config.block_n,
-            "BK": config.block_k, "STAGES": config.stages, "GROUP": config.group,
+            "H": problem.hidden_size, "E": problem.num_experts, "IP": self._padded, "BN": config.block_n,
+            "W_STAGES": config.weight_stages, "A_STAGES": config.row_stages, "LAYOUT": _row_pieces(config.block_n),
         }  # fmt: skip
-        self._launch = KernelLaunch(specialized_down_kernel, constants, warps=config.warps)
+        self._launch = KernelLaunch(alternating_down_kernel, constants, warps=4)
 
-    def _map(self, tensor: torch.Tensor, rows: int) -> Any:
-        from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    def __call__(self, act: torch.Tensor, out: torch.Tensor, row_end: torch.Tensor, key: Any) -> None:
+        act_map = gluon_map(act, [64, self._padded])
+        self._launch(self._grid, key, act_map, self._w2, self._weights.bias2, out, row_end)
 
-        block = [rows, self._config.block_k]
-        layout = NVMMASharedLayout.get_default_for(block, bfloat16 if tensor.dtype == torch.bfloat16 else float16)
-        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
 
-    def __call__(
-        self, act: torch.Tensor, out: torch.Tensor, workspace: dict[str, torch.Tensor], max_tiles: int, key: Any
-    ) -> None:
-        blocks = -(-self._problem.hidden_size // self._config.block_n)
-        grid = (min(self._problem.num_sms, max_tiles * blocks), 1, 1)
-        act_map = self._map(act, self._config.block_m)
-        self._launch(
-            grid, key, act_map, self._w2, self._weights.bias2, out, workspace["row_end"], workspace["tile_expert"],
-            workspace["tile_row"], max_tiles,
-        )  # fmt: skip
+def _row_pieces(columns: int) -> Any:
+    """A layout of [64, columns] whose threads hold 8 neighbours each, in the warp, and among the 4 threads, that the
+    accumulator's layout gives them: from that one values move between 4 threads only."""
+    from triton.experimental.gluon.language import DistributedLinearLayout
+
+    further = [[0, 32 << i] for i in range((columns // 32).bit_length() - 1)]
+    return DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], *further, [8, 0]], lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, columns],
+    )  # fmt: skip
 
 
 class GroupedRunner:
     """Four launches: align, both GEMMs, reduce."""
 
     def __init__(self, weights: LayerWeights, problem: ExpertsProblem, config: GroupedConfig, weight_on_input: bool):
-        from moe_core.ops._kernels.align import align_kernel
-
-        self._problem = problem
-        self._block_m = config.up.block_m
-        self._align_grid = (-(-problem.num_experts // 2), 1, 1)
-        constants = {
-            "K": problem.top_k, "E": problem.num_experts, "BM": config.up.block_m,
-            "VEC": ALIGN_VECTOR, "PDL": config.pdl,
-        }  # fmt: skip
-        self._align = {
-            (by_4, many): KernelLaunch(
-                align_kernel, {**constants, "LANES": warps, "BY_4": by_4}, warps=warps, pdl=config.pdl
-            )
-            for by_4 in (False, True)
-            for many, warps in ((False, 16), (True, 32))
-        }
+        self._num_experts, self._block_m = problem.num_experts, config.up.block_m
+        self._align = AlignLaunch(problem, config.up.block_m, config.pdl, config.up.small_m if config.up.tall else 0)
         self._gemms = GroupedGemms(weights, problem, config, weight_on_input=weight_on_input, batched=False)
         self._reduce = ReduceLaunch(problem, weight_on_input, config.pdl)
 
@@ -246,18 +219,13 @@ class GroupedRunner:
         out: torch.Tensor,
         num_rows: torch.Tensor | None,
     ) -> None:
-        num_slots = ids.numel()
         key = None
         pointers = x.data_ptr() | ids.data_ptr() | router_weights.data_ptr() | out.data_ptr()
         for buffer in workspace.values():
             pointers |= buffer.data_ptr()
         if pointers % 16 == 0 and (num_rows is None or num_rows.data_ptr() % 16 == 0):
             key = (x.stride(0), ids.dtype, num_rows is None)
-        by_4 = num_slots % 4 == 0 and (num_rows is None or self._problem.top_k % 4 == 0)
-        self._align[by_4, num_slots >= ALIGN_MANY](
-            self._align_grid, key, ids, num_rows, workspace["slot_of_row"], workspace["row_of_slot"],
-            workspace["row_end"], workspace["tile_expert"], workspace["tile_row"], num_slots,
-        )  # fmt: skip
-        tiles = align_tiles(num_slots, self._problem.num_experts, self._block_m)
+        self._align(ids, num_rows, workspace, key)
+        tiles = align_tiles(ids.numel(), self._num_experts, self._block_m)
         self._gemms(x, workspace["y"], router_weights, workspace, None, tiles, key)
         self._reduce(workspace["y"], ids, router_weights, workspace["row_of_slot"], num_rows, out)

@@ -20,6 +20,9 @@ MIN_BLOCK_M = 16
 MAX_BY_SLOT = 8
 """Most tokens that a by-slot scan may serve: its counters are sized for them."""
 
+MAX_ALTERNATING = 256
+"""Up to this I two blocks of w2 and two of rows fit into shared memory at once."""
+
 MAX_SCAN_SLOTS = 256
 """More ids than this cost a scanning program more than the align kernel costs the step."""
 
@@ -71,7 +74,8 @@ class SlotsConfig:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """One GEMM's tiles. `small_m` < block_m: an expert's last rows take a tile of that height where they fit."""
+    """One GEMM's tiles. `small_m` < block_m: an expert's last rows take a tile of that height where they fit; `tall`:
+    together with the tile before them, whose weights they share."""
 
     block_m: int
     block_n: int
@@ -81,6 +85,7 @@ class TileConfig:
     small_m: int = 0
     group: int = 8
     tma: bool = True
+    tall: bool = False
     persistent: int = 0  # programs per multiprocessor that walk the tiles; 0: one program per tile
 
 
@@ -96,26 +101,20 @@ class ScanConfig:
 
 
 @dataclass(frozen=True)
-class ResidentConfig:
-    """The down GEMM where I is short (see `_kernels/resident.py`): `split` programs share an expert's rows."""
+class AlternatingConfig:
+    """The down GEMM where I is short, two warpgroups in turns (see `_kernels/alternating.py`).
 
-    block_m: int
+    `weight_stages` blocks of w2, [block_n, I], and `row_stages` tiles of 64 rows are in shared memory.
+    """
+
     block_n: int
-    warps: int
-    stages: int
-    split: int
+    weight_stages: int
+    row_stages: int
 
-
-@dataclass(frozen=True)
-class SpecializedConfig:
-    """The down GEMM with a loading warp (see `_kernels/specialized.py`); row tiles are 128 high, the last 64."""
-
-    block_n: int = 256
-    block_k: int = 64
-    stages: int = 4
-    group: int = 8
-    block_m: int = 128
-    warps: int = 8
+    def __post_init__(self) -> None:
+        # A buffer must always serve the same warpgroup: one that waits for its next use but one would not wait.
+        if self.row_stages % 2:
+            raise ValueError(f"AlternatingConfig: row_stages = {self.row_stages}; two warpgroups need an even number")
 
 
 @dataclass(frozen=True)
@@ -123,17 +122,15 @@ class GroupedConfig:
     """The align kernel cuts rows into tiles of up.block_m; the down GEMM may cut these further."""
 
     up: TileConfig
-    down: TileConfig | ResidentConfig | SpecializedConfig
+    down: TileConfig | AlternatingConfig
     pdl: bool = True
     path: str = "grouped"
 
     def __post_init__(self) -> None:
-        down = self.down
-        fits = self.up.block_m % down.block_m == 0 if isinstance(down, TileConfig) else self.up.block_m == down.block_m
-        if not (fits or isinstance(down, ResidentConfig)):
+        if isinstance(self.down, TileConfig) and self.up.block_m % self.down.block_m:
             raise ValueError(
-                f"GroupedConfig: up.block_m = {self.up.block_m}, down.block_m = {down.block_m}; the second must divide "
-                f"the first, and equal it in a SpecializedConfig"
+                f"GroupedConfig: up.block_m = {self.up.block_m}, down.block_m = {self.down.block_m}; the second must "
+                f"divide the first"
             )
 
 
@@ -222,6 +219,33 @@ def scan_config(problem: ExpertsProblem, rows: float) -> ScanConfig:
 
 def grouped_config(problem: ExpertsProblem, rows: float) -> GroupedConfig:
     """`rows`: mean rows per expert."""
+    config = tiled_config(problem, rows)
+    if not _alternating_fits(problem, rows):
+        return config
+    if rows < 256:
+        # 17 % of the GEMM at 128 rows, with the next block of weights on its way.
+        return replace(config, down=AlternatingConfig(128, 2, 2), pdl=False)
+    # 17 % at 512 rows. There tall tiles of the up GEMM gain less than the order that they ask for costs.
+    up = replace(config.up, tall=config.up.tall and rows < 384)
+    return replace(config, up=up, down=AlternatingConfig(256, 1, 2), pdl=False)
+
+
+def _alternating_fits(problem: ExpertsProblem, rows: float) -> bool:
+    """Whether the down GEMM of two warpgroups in turns, Hopper's own, can be used and has enough to do."""
+    blocks = problem.num_experts * -(-problem.hidden_size // 128)
+    rows_fit = problem.w2_tma and problem.w2_unit == "k" and problem.intermediate_size * problem.itemsize % 16 == 0
+    return (
+        rows > 48
+        and problem.capability[0] == 9
+        and problem.itemsize == 2
+        and rows_fit
+        and problem.intermediate_size <= MAX_ALTERNATING
+        and blocks >= 4 * problem.num_sms
+    )
+
+
+def tiled_config(problem: ExpertsProblem, rows: float) -> GroupedConfig:
+    """Tiles for both GEMMs."""
     if problem.itemsize > 2:
         tile = TileConfig(64, 64, 32, 4, 2, tma=False)
         return GroupedConfig(tile, tile)
@@ -238,14 +262,10 @@ def grouped_config(problem: ExpertsProblem, rows: float) -> GroupedConfig:
         up = TileConfig(64, 128, 64, 8, 4, small_m=32, tma=up_tma)
         down = TileConfig(64, 128, 64, 4, 3 if short else 4, tma=down_tma)
     else:
-        up = TileConfig(128, 128, 64, 8, 4, small_m=64, group=2 if problem.intermediate_size < 1024 else 8, tma=up_tma)
-        down = TileConfig(128, 256, 64, 8, 4, small_m=64, group=4, tma=down_tma)
-        hopper = problem.capability[0] == 9 and down_tma and problem.w2_unit == "k"
-        if problem.intermediate_size < 1024 and rows >= 384 and hopper:
-            # Short products in many tiles: a loading warp that runs ahead across tiles, 5-10 % of the GEMM.
-            return GroupedConfig(
-                up if up.tma else replace(up, block_n=64, stages=3), SpecializedConfig(group=4), pdl=False
-            )
+        # Tall tiles: 3 % of the step with 256 rows an expert, 7 % with 128.
+        group = 2 if problem.intermediate_size < 1024 else 8
+        up = TileConfig(128, 128, 64, 8, 4, small_m=64, tall=up_tma, group=group, tma=up_tma)
+        down = TileConfig(128, 256, 64, 8, 4, small_m=64, tall=down_tma, group=4, tma=down_tma)
         if short:
             down = TileConfig(128, 128, 64, 4, 3, small_m=64, tma=down_tma)
     if not up.tma:
@@ -257,8 +277,8 @@ def grouped_config(problem: ExpertsProblem, rows: float) -> GroupedConfig:
 
 def batched_config(problem: ExpertsProblem, capacity: int) -> GroupedConfig:
     """Rows per expert are known on the device only: programs walk a list of tiles, so idle capacity costs nothing."""
-    config = grouped_config(problem, min(capacity, 65))
-    assert isinstance(config.down, TileConfig), "the special down GEMMs are for more rows than heuristics give here"
+    config = tiled_config(problem, min(capacity, 65))
+    assert isinstance(config.down, TileConfig)
     per_sm = 1 if config.up.block_m >= 64 else 2
     return GroupedConfig(
         replace(config.up, persistent=per_sm),

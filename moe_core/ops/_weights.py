@@ -88,15 +88,7 @@ class LayerWeights:
 
     def activation_constants(self) -> dict[str, Any]:
         """The kernels' constants for the activation and the order of gate and up."""
-        a = self.activation
-        return {
-            "ACT": a.function,
-            "GATED": a.gated,
-            "INTERLEAVED": a.gate_up_layout == "interleaved",
-            "UP_FIRST": a.gate_up_layout == "up_gate",
-            "ALPHA": a.alpha,
-            "LIMIT": 0.0 if a.limit is None else a.limit,
-        }
+        return self.activation.constants()
 
 
 def stride_constants(weight: torch.Tensor) -> dict[str, int]:

@@ -6,6 +6,7 @@ I intermediate.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -51,6 +52,17 @@ class Activation:
     def gated(self) -> bool:
         """Whether w13 holds gate and up rows (2I) and not I rows."""
         return self.gate_up_layout is not None
+
+    def constants(self) -> dict[str, Any]:
+        """The kernels' constants for it, the order of gate and up included."""
+        return {
+            "ACT": self.function,
+            "GATED": self.gated,
+            "INTERLEAVED": self.gate_up_layout == "interleaved",
+            "UP_FIRST": self.gate_up_layout == "up_gate",
+            "ALPHA": self.alpha,
+            "LIMIT": 0.0 if self.limit is None else self.limit,
+        }
 
 
 def activate_torch(h: torch.Tensor, activation: Activation) -> torch.Tensor:

@@ -91,6 +91,11 @@ def topk_route(
     tokens, experts = logits.shape
     if logits.stride(1) != 1 and experts > 1:
         raise ValueError(f"topk_route: logits have strides {logits.stride()}; unit stride in E is needed")
+    if correction_bias is not None and (correction_bias.shape != (experts,) or not correction_bias.is_contiguous()):
+        raise ValueError(
+            f"topk_route: correction_bias is {tuple(correction_bias.shape)} with strides {correction_bias.stride()}; a "
+            f"contiguous [{experts}] is needed"
+        )
     ids = torch.empty((tokens, spec.top_k), dtype=ids_dtype, device=logits.device)
     weights = torch.empty((tokens, spec.top_k), dtype=torch.float32, device=logits.device)
     launch = _prepared(spec, experts, logits.device)

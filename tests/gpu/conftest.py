@@ -21,10 +21,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session", autouse=True)
 def plugins_of_this_checkout():
     """A GPU machine may hold the checkout alone: then its plugins are registered in process."""
+    import importlib
+
     from moe_core.plugins import register_plugin, registry
 
-    if "batched" not in registry().dispatch:
-        sys.path.insert(0, str(Path(__file__).parents[2] / "plugins" / "moe_batched"))
-        import moe_batched.plugin
-
-        register_plugin(moe_batched.plugin, "batched")
+    here = {record.name for record in registry().plugins}
+    for name, package in {"batched": "moe_batched", "fp8": "quant_fp8", "nvfp4": "quant_nvfp4"}.items():
+        if name not in here:
+            sys.path.insert(0, str(Path(__file__).parents[2] / "plugins" / package))
+            register_plugin(importlib.import_module(f"{package}.plugin"), name)

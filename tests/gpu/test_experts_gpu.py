@@ -8,12 +8,11 @@ from case import ExpertsCase, poisoned, relative_error, run
 
 from moe_core.ops import (
     Activation,
+    AlternatingConfig,
     BatchedExpertsLauncher,
     GroupedConfig,
-    ResidentConfig,
     ScanConfig,
     SlotsConfig,
-    SpecializedConfig,
     TileConfig,
     experts_batched_torch,
 )
@@ -27,8 +26,9 @@ SCAN = ScanConfig(TileConfig(16, 32, 128, 4, 3), TileConfig(16, 64, 128, 4, 3))
 POINTERS = GroupedConfig(TileConfig(64, 64, 64, 4, 3, 32, tma=False), TileConfig(64, 128, 64, 4, 3, 32, tma=False))
 MAPS = GroupedConfig(TileConfig(128, 128, 64, 8, 4, 64), TileConfig(128, 256, 64, 8, 4, 64))
 WALK = GroupedConfig(TileConfig(128, 128, 64, 8, 3, 64, persistent=1), TileConfig(128, 256, 64, 8, 3, persistent=1))
-RESIDENT = GroupedConfig(TileConfig(64, 128, 64, 8, 4, 32), ResidentConfig(64, 128, 4, 1, split=2))
-SPECIALIZED = GroupedConfig(TileConfig(128, 128, 64, 8, 4, 64), SpecializedConfig())
+TALL = GroupedConfig(TileConfig(128, 128, 64, 8, 4, 64, tall=True), TileConfig(128, 256, 64, 8, 4, 64, tall=True))
+ALTERNATING = GroupedConfig(TileConfig(64, 128, 64, 8, 4, 32), AlternatingConfig(128, 2, 2))
+ALTERNATING_WIDE = GroupedConfig(TileConfig(128, 128, 64, 8, 4, 64), AlternatingConfig(256, 1, 2))
 
 
 @pytest.fixture(autouse=True)
@@ -85,11 +85,11 @@ def test_own_choice(tokens, dtype):
     check(ExpertsCase(tokens, 512, 384, 32, 8, dtype=dtype, device="cuda", routing="distinct"))
 
 
-@pytest.mark.parametrize("config", [RESIDENT, SPECIALIZED], ids=["resident", "specialized"])
+@pytest.mark.parametrize("config", [ALTERNATING, ALTERNATING_WIDE, TALL], ids=["turns", "wide turns", "tall"])
 @pytest.mark.parametrize("routing", ["random", "one"])
 @pytest.mark.parametrize(("hidden", "intermediate"), [(512, 256), (712, 200), (2880, 136)])
 @pytest.mark.parametrize("tokens", [1, 90, 1500])
-def test_special_down_gemms(config, routing, hidden, intermediate, tokens):
+def test_gemms_for_many_rows(config, routing, hidden, intermediate, tokens):
     case = ExpertsCase(
         tokens, hidden, intermediate, 12, 3, bias=True, routing=routing, dtype=torch.bfloat16, device="cuda"
     )

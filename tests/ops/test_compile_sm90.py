@@ -1,20 +1,20 @@
 """Every kernel of every path compiles for sm_90 on a machine without a GPU."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 from moe_core.ops import (
     Activation,
+    AlternatingConfig,
     BatchedExpertsLauncher,
     ExpertsLauncher,
     GroupedConfig,
-    ResidentConfig,
     RouteSpec,
     ScanConfig,
     SlotsConfig,
-    SpecializedConfig,
     TileConfig,
 )
 
@@ -28,6 +28,7 @@ CONFIGS = {
     "scan": ScanConfig(TileConfig(16, 32, 128, 4, 4), TileConfig(16, 64, 128, 4, 3)),
     "by_slot": ScanConfig(TileConfig(16, 32, 128, 4, 4), TileConfig(16, 64, 128, 4, 3), by_slot=True),
     "maps": GroupedConfig(UP, DOWN),
+    "tall": GroupedConfig(replace(UP, tall=True), replace(DOWN, tall=True)),
     "pointers": GroupedConfig(TileConfig(64, 64, 64, 4, 3, tma=False), TileConfig(64, 128, 64, 4, 3, tma=False)),
 }
 SHARED_MEMORY = 227 * 1024  # of one Hopper multiprocessor's program
@@ -74,26 +75,20 @@ def test_experts_paths(compiled, path, transposed):
         **weights(transposed=transposed), top_k=4, activation=activation, plan=((None, CONFIGS[path]),)
     )
     step(launcher, 8)
-    assert len(compiled) == {"slots": 2, "scan": 3, "by_slot": 2, "maps": 4, "pointers": 4}[path]
+    assert len(compiled) == {"slots": 2, "scan": 3, "by_slot": 2, "maps": 4, "tall": 4, "pointers": 4}[path]
     assert all(kernel.metadata.shared <= SHARED_MEMORY for kernel in compiled)
     assert all(kernel.asm["cubin"] for kernel in compiled)
-    if path == "maps":
+    if path in ("maps", "tall"):
         # The tensor-map box of both halves feeds the matrix unit from shared memory, not through registers.
         text = compiled[1].asm["ttgir"]
         assert "warp_group_dot" in text
         assert "ttg.local_load" not in text
 
 
-def test_resident_weights_stay_in_shared_memory(compiled):
-    config = GroupedConfig(UP, ResidentConfig(64, 128, 4, 2, split=2))
+@pytest.mark.parametrize("sizes", [(128, 2, 2), (256, 1, 2)])
+def test_two_warpgroups_in_turns(compiled, sizes):
+    config = GroupedConfig(UP, AlternatingConfig(*sizes))
     launcher = ExpertsLauncher(**weights(intermediate=256), top_k=4, activation=Activation(), plan=((None, config),))
-    step(launcher, 4096)
-    assert "ttg.local_load" not in compiled[2].asm["ttgir"]
-
-
-def test_loading_warp(compiled):
-    config = GroupedConfig(UP, SpecializedConfig())
-    launcher = ExpertsLauncher(**weights(), top_k=4, activation=Activation(), plan=((None, config),))
     step(launcher, 4096)
     assert compiled[2].metadata.shared <= SHARED_MEMORY
     assert "setmaxnreg" in compiled[2].asm["ptx"]

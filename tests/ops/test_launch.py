@@ -6,6 +6,7 @@ import itertools
 import pytest
 
 from moe_core.ops import (
+    AlternatingConfig,
     ExpertsProblem,
     GroupedConfig,
     ScanConfig,
@@ -15,7 +16,7 @@ from moe_core.ops import (
     config_for,
     default_plan,
 )
-from moe_core.ops._launch import align_tiles, batched_config, default_config, distinct_experts
+from moe_core.ops._launch import align_tiles, batched_config, default_config, distinct_experts, grouped_config
 from moe_core.ops._tuned import TABLES
 from moe_core.ops.experts import experts_workspace
 
@@ -69,13 +70,31 @@ def test_shared_memory_and_registers_fit_everywhere(itemsize, tokens, experts, t
         for tile in (config.up, config.down):
             if isinstance(tile, TileConfig):
                 width = tile.block_n * (2 if tile is config.up else 1)
-                assert tile.stages * (tile.block_m + width) * tile.block_k * itemsize <= 227 * 1024
+                rows = tile.block_m + (tile.small_m if tile.tall else 0)
+                assert tile.stages * (rows + width) * tile.block_k * itemsize <= 227 * 1024
 
 
 def test_down_tiles_divide_up_tiles():
     tile = TileConfig(64, 128, 64, 4, 3)
     with pytest.raises(ValueError, match=r"up.block_m = 64, down.block_m = 128"):
         GroupedConfig(tile, dataclasses.replace(tile, block_m=128))
+
+
+def test_warpgroups_in_turns_have_their_own_buffers():
+    with pytest.raises(ValueError, match="row_stages = 3"):
+        AlternatingConfig(128, 1, 3)
+
+
+def test_short_products_get_warpgroups_in_turns():
+    short = ExpertsProblem(256, 8, 7168, 256)
+    assert [type(grouped_config(short, rows).down) for rows in (48, 128, 512)] == [
+        TileConfig, AlternatingConfig, AlternatingConfig,
+    ]  # fmt: skip
+    # Few blocks of weights, other strides, an older device: tiles.
+    for change in ({"num_experts": 8, "hidden_size": 1024}, {"w2_unit": "n"}, {"w2_tma": False}, {"itemsize": 4},
+                   {"capability": (8, 0)}):  # fmt: skip
+        assert isinstance(grouped_config(dataclasses.replace(short, **change), 128).down, TileConfig), change
+    assert isinstance(batched_config(short, 4096).down, TileConfig)
 
 
 def test_distinct_experts():

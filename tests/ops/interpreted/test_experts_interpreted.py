@@ -10,7 +10,6 @@ from moe_core.ops import (
     Activation,
     BatchedExpertsLauncher,
     GroupedConfig,
-    ResidentConfig,
     ScanConfig,
     SlotsConfig,
     TileConfig,
@@ -29,7 +28,7 @@ PATHS = {
     "maps": GroupedConfig(MAPS, MAPS, pdl=False),
     "split": GroupedConfig(MAPS, dataclasses.replace(MAPS, block_m=16, small_m=0), pdl=False),
     "walk": GroupedConfig(dataclasses.replace(MAPS, persistent=1), dataclasses.replace(MAPS, persistent=1), pdl=False),
-    "resident": GroupedConfig(MAPS, ResidentConfig(16, 16, 4, 2, split=2), pdl=False),
+    "tall": GroupedConfig(dataclasses.replace(MAPS, tall=True), dataclasses.replace(MAPS, tall=True), pdl=False),
 }
 GPT_OSS = Activation("swiglu_oai", "interleaved", limit=1.0)
 BASE = ExpertsCase(6, 72, 40, 4, 2)
@@ -52,8 +51,6 @@ def check(case: ExpertsCase, config=None) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_variants(path, variant):
     case = dataclasses.replace(BASE, **VARIANTS[variant])
-    if path == "resident" and case.transposed:
-        pytest.skip("resident weights are read with contiguous rows")
     check(case, PATHS[path])
 
 

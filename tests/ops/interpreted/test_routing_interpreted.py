@@ -38,3 +38,9 @@ def test_nan_logits_still_give_ids_of_experts():
 def test_no_tokens():
     ids, weights = topk_route(torch.empty(0, 8), RouteSpec(2))
     assert ids.shape == weights.shape == (0, 2)
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(7), torch.zeros(16)[::2], torch.zeros(1, 8)])
+def test_a_bias_of_another_shape_is_refused(bias):
+    with pytest.raises(ValueError, match=r"a contiguous \[8\] is needed"):
+        topk_route(torch.zeros(2, 8), RouteSpec(2), bias)
