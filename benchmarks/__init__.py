@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks.experts`, `python -m benchmarks.tune_experts`."""
+"""Benchmarks: each file is a command, such as `python -m benchmarks.experts`, and says at its top what it measures."""

@@ -22,12 +22,11 @@ import torch
 
 from benchmarks import cases
 from moe_core.ops import (
+    AlternatingConfig,
     ExpertsLauncher,
     GroupedConfig,
-    ResidentConfig,
     ScanConfig,
     SlotsConfig,
-    SpecializedConfig,
     TileConfig,
 )
 
@@ -113,19 +112,9 @@ def grouped_candidates(shape: cases.Shape, tokens: int) -> Iterator[tuple[str, G
         halves = ((128, 64, 4, 3), (128, 64, 4, 2), (256, 64, 8, 3), (256, 64, 4, 3), (128, 128, 4, 2))
         downs += [TileConfig(64, n, k, warps, stages) for n, k, warps, stages in halves]
         downs += [TileConfig(128, 128, 64, 4, 3, 64, g) for g in (8,)] + [TileConfig(128, 128, 64, 8, 4, 64, 8)]
-    if rows >= 24 and shape.intermediate <= 256:
-        for m, n, warps, stages in ((64, 128, 4, 1),):
-            for split in (1, 2):
-                yield (
-                    "down",
-                    GroupedConfig(TileConfig(128, 64, 64, 8, 3, tma=False), ResidentConfig(m, n, warps, stages, split)),
-                )
-    if rows >= 24 and not shape.transposed:
-        for group, stages in ((4, 4), (8, 4), (16, 4), (2, 4)):
-            yield (
-                "down",
-                GroupedConfig(TileConfig(128, 64, 64, 8, 3, tma=False), SpecializedConfig(group=group, stages=stages)),
-            )
+    if rows >= 24 and shape.intermediate <= 256 and not shape.transposed:
+        for sizes in ((128, 2, 2), (256, 1, 2), (64, 2, 4)):
+            yield "down", GroupedConfig(TileConfig(128, 64, 64, 8, 3, tma=False), AlternatingConfig(*sizes))
     for up in ups:
         yield "up", GroupedConfig(up, TileConfig(up.block_m, 128, 64, 8, 3, tma=False))
     for down in downs:
@@ -168,7 +157,7 @@ class OnlyStage:
         owner, other = self.owner, {"up": "_down", "down": "_up"}[self.stage]
         drop = lambda *args: None  # noqa: E731
         self.saved = []
-        resident = "_special" if self.stage == "up" else ""
+        resident = "_alternating" if self.stage == "up" else ""
         for target, name in ((owner, other), (owner, resident), (self.runner, "_align"), (self.runner, "_reduce")):
             if getattr(target, name, None) is not None:
                 self.saved.append((target, name, getattr(target, name)))
@@ -320,7 +309,7 @@ def combine(
             configs += [merged]
         elif path == "scan":
             configs += [ScanConfig(up, down, by_slot=shape.transposed and tokens <= 4)]
-        elif not hasattr(down, "block_m") or isinstance(down, ResidentConfig) or up.block_m % down.block_m == 0:
+        elif not hasattr(down, "block_m") or isinstance(down, AlternatingConfig) or up.block_m % down.block_m == 0:
             configs += [GroupedConfig(up, down)]
     if path == "grouped" and not configs:
         for _, up in best["up"][:2]:

@@ -17,6 +17,7 @@ from moe_core.quant import UNQUANTIZED, QuantMethod, QuantScheme
 from moe_core.routed_experts import RoutedExperts
 from moe_core.select import Plan, select
 from moe_core.shared_experts import SharedExperts
+from moe_core.tuned import read_tuned
 from moe_core.types import Availability, Device
 
 
@@ -35,7 +36,7 @@ def plan(
     device: torch.device | str | Device | None = None,
     routing_is_external: bool = False,
 ) -> Plan:
-    """Choose the backends for one layer, and say why.
+    """Choose the backends for one layer, and say why. What `moe-core tune` measured of it on this device is used.
 
     Args:
         config: the layer.
@@ -66,6 +67,7 @@ def plan(
         [probed(candidate) for candidate in found.experts.values()],
         dispatch=dispatch,
         experts=experts,
+        tuned=read_tuned(problem),
     )
 
 
@@ -119,7 +121,7 @@ def build_runner(
     return found.find("runners", runner)(
         chosen,
         RoutedExperts(chosen, method, target),
-        found.find("routers", config.router.name)(config),
+        found.find("routers", config.router.name)(config).for_device(target, config.num_experts),
         replan=replan,
         group=group,
         gate=gate,

@@ -10,7 +10,7 @@ no tensor that was handed in is written, except `out` and the workspaces; T = 0 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import attrs
@@ -21,19 +21,30 @@ from moe_core.quant import QuantMethod, QuantScheme
 from moe_core.types import (
     ActivationFormat,
     Availability,
+    Device,
     DispatchCapabilities,
     Dispatched,
     Duty,
     ExpertPlacement,
     ExpertsCapabilities,
     ExpertWeights,
+    LaunchRange,
     Priority,
     Routing,
 )
 
 
+Finish = Callable[[], torch.Tensor]
+"""The second half of a collective: waits, and returns its result. Called exactly once."""
+
+
 class Group(Protocol):
-    """The ranks that share a layer. Plugins talk to this, never to a global."""
+    """The ranks that share a layer. Plugins talk to this, never to a global.
+
+    Collectives are entered by every rank in the same order. Three have a form in two halves, for work in between:
+    `…_start` enters the collective and returns its `Finish`; until that has been called, the tensor that was passed in
+    may not be written. On a device the wait is the current stream's, not the host's.
+    """
 
     @property
     def rank(self) -> int: ...
@@ -55,11 +66,20 @@ class Group(Protocol):
     def all_gather(self, tensor: torch.Tensor, sizes: list[int] | None = None) -> torch.Tensor:
         """All ranks' tensors, concatenated along dim 0 in rank order; `sizes`: their lengths, if unequal."""
 
+    def all_gather_start(self, tensor: torch.Tensor, sizes: list[int] | None = None) -> Finish:
+        """The same in two halves."""
+
     def reduce_scatter(self, tensor: torch.Tensor, sizes: list[int] | None = None) -> torch.Tensor:
         """The sum over ranks of the part of dim 0 that is this rank's."""
 
+    def reduce_scatter_start(self, tensor: torch.Tensor, sizes: list[int] | None = None) -> Finish:
+        """The same in two halves."""
+
     def all_to_all(self, tensor: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
         """Send `send[r]` rows of dim 0 to rank r in turn, receive `receive[r]` rows from it, in rank order."""
+
+    def all_to_all_start(self, tensor: torch.Tensor, send: list[int], receive: list[int]) -> Finish:
+        """The same in two halves."""
 
     def barrier(self) -> None: ...
 
@@ -163,8 +183,8 @@ class Experts(abc.ABC):
         """Run the experts.
 
         Args:
-            dispatched: the rows. Rows past `num_rows` or past an expert's count, and rows whose ids are all -1, may
-                hold NaN and must not reach any result.
+            dispatched: the rows; ids and weights are contiguous. Rows past `num_rows` or past an expert's count, and
+                rows whose ids are all -1, may hold NaN and must not reach any result.
             weights: this layer's weights, as views.
             workspaces: as declared, uninitialised.
             out: STANDARD `[R, H]`: every row is written, rows without an expert with zeros. BATCHED `[E_l, C, H]`:
@@ -181,6 +201,32 @@ class Experts(abc.ABC):
     ) -> None:
         """Route and run in one: only of backends that declare `routes_internally`. Shapes `[T, H]`, `[T, E]`."""
         raise NotImplementedError(f"{type(self).__name__} does not route internally")
+
+    def launch_ranges(self, activation_format: ActivationFormat, device: Device) -> tuple[LaunchRange, ...]:
+        """Which kernels serve which row bounds on a device, for `explain`; the device need not be here. (): one way."""
+        return ()
+
+    def launch_search(
+        self, rows: int, activation_format: ActivationFormat, weights: ExpertWeights
+    ) -> Generator[Sequence[Any], Sequence[float], None]:
+        """Search for the best launch parameters at a row bound; `moe-core tune` runs it.
+
+        Yields:
+            lists of launch parameters (whatever JSON can hold) to be measured. What comes back is the time of a step
+            with each, in microseconds; infinity: it failed, or its result was wrong.
+        """
+        yield from ()
+
+    def compile_launch(
+        self, parameters: Any, rows: int, activation_format: ActivationFormat, weights: ExpertWeights, device: Device
+    ) -> None:
+        """Compile for a device what a step with these launch parameters needs. `weights` are on "meta".
+
+        Runs in a process of its own, which never touches the device; only what is compiled to disk is of use.
+        """
+
+    def use_launch(self, table: Sequence[tuple[int, Any]]) -> None:
+        """Run with measured launch parameters from now on: (row bound, what `launch_search` yielded), rising."""
 
 
 class Router(abc.ABC):
@@ -201,6 +247,10 @@ class Router(abc.ABC):
         Returns:
             ids `[T, K]` and weights `[T, K]` float32, both new tensors.
         """
+
+    def for_device(self, device: torch.device, num_experts: int) -> Router:
+        """What routes in this one's place where the logits are on `device`; asked once, when a layer is built."""
+        return self
 
 
 class MoERunnerInterface(abc.ABC):
@@ -293,3 +343,8 @@ class Candidate(Generic[CapabilitiesT]):
     probe: Callable[[], Availability] = always_available
     priority: Priority = 0
     availability: Availability = Availability(True)
+
+    @property
+    def label(self) -> str:
+        """The name with the distribution and version that it comes from: whom a measurement is of."""
+        return f"{self.name} ({self.plugin})"

@@ -10,7 +10,7 @@ another id dtype, physical ids) is arranged here, once, so that no backend arran
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -64,6 +64,9 @@ class MoEKernel:
         self.expert_map = ExpertMapManager(config.num_experts, parallel.ep_size, parallel.ep_rank, config.placement)
         self.prepare_finalize: PrepareAndFinalize = plan.dispatch.factory(*arguments)
         self.experts: list[Experts] = [item.candidate.factory(*arguments) for item in plan.ranges]
+        for item, experts in zip(plan.ranges, self.experts, strict=True):
+            if table := plan.launch.get(item.candidate.label):
+                experts.use_launch(table)
         self._first_rows = [item.first_row for item in plan.ranges]
         self._accepts_dropped = [item.candidate.capabilities.accepts_dropped_ids for item in plan.ranges]
         self._maps_to_physical = (
@@ -161,8 +164,10 @@ class MoEKernel:
             standard = self.plan.activation_format is ActivationFormat.STANDARD
             rows = dispatched.x.shape[0 if standard else 1]
             index = bisect.bisect_right(self._first_rows, rows) - 1
-            if standard and not self._accepts_dropped[index]:
-                dispatched = _redirect_dropped(dispatched)
+            if standard:
+                if not self._accepts_dropped[index]:
+                    dispatched = _redirect_dropped(dispatched)
+                dispatched = _with_contiguous_choices(dispatched)
             expert_out = self.prepare_finalize.expert_output(dispatched, flight.out)
             if expert_out is None:
                 shape = (*dispatched.x.shape[:-1], flight.out.shape[-1])  # a packed payload has another last extent
@@ -238,12 +243,7 @@ class MoEKernel:
         carving = self._carving(index, rows)
         if not carving.total:
             return {}
-        storage = torch.empty(carving.total, dtype=torch.uint8, device=device)
-        typed = {dtype: storage.view(dtype) for dtype in carving.dtypes}
-        return {
-            name: typed[dtype].as_strided(shape, strides, offset)  # one operator a piece: this is on every step
-            for name, dtype, shape, strides, offset in carving.pieces
-        }
+        return _Workspaces(carving, torch.empty(carving.total, dtype=torch.uint8, device=device))
 
     def _carving(self, index: int, rows: int) -> _Carving:
         key = (index, rows)
@@ -288,6 +288,26 @@ class MoEKernel:
             raise MoEError(f"dispatch {name}: x has strides {dispatched.x.stride()}; the contract is unit stride in H")
 
 
+def row_bound(plan: Plan, tokens: int) -> int | None:
+    """The row bound, by which ranges go, at T tokens on every rank; None: the dispatch does not declare it."""
+    declared = plan.dispatch.capabilities.footprint
+    if declared is not None:
+        return declared(plan.problem, plan.payload, tokens).rows
+    stays = plan.activation_format is ActivationFormat.STANDARD and plan.problem.parallel.ep_size == 1
+    return tokens if stays else None
+
+
+def workspace_bytes(experts: Experts, rows: int, activation_format: ActivationFormat) -> int:
+    """The workspaces of a step at a row bound, in bytes: exactly what a kernel allocates for these experts."""
+    return _Carving.of(experts.workspace_shapes(rows, activation_format)).total
+
+
+def workspace_bytes_by_name(experts: Experts, rows: int, activation_format: ActivationFormat) -> dict[str, int]:
+    """The same, workspace by workspace, each with what aligns the next one."""
+    shapes = experts.workspace_shapes(rows, activation_format)
+    return {name: _Carving.of({name: shape}).total for name, shape in shapes.items()}
+
+
 def _agree(plan: Plan, group: Group) -> None:
     """Hold the group to the plan, and the ranks' plans to one another."""
     parallel = plan.problem.parallel
@@ -302,7 +322,8 @@ def _agree(plan: Plan, group: Group) -> None:
             f"the group is rank {group.rank} of {group.size}, and MoEParallelConfig says {name}_rank = {rank}, "
             f"{name}_size = {size}: pass the group of the ranks that share this layer's experts"
         )
-    check_agreement(group, plan.fingerprint() | {"group": misfit or "as planned"})  # told to all, so that all end
+    fingerprint = plan.fingerprint() | {"group": misfit or "as planned"}  # told to all, so that all end
+    check_agreement(group, fingerprint, plan.advice())
     if misfit:
         raise MoEError(misfit)
 
@@ -313,25 +334,51 @@ class _Carving:
 
     Attributes:
         total: bytes.
-        dtypes: each that occurs, once.
-        pieces: (name, dtype, shape, strides, offset in elements of that dtype).
+        pieces: name → (dtype, shape, strides, offset in elements of that dtype).
     """
 
     total: int
-    dtypes: tuple[torch.dtype, ...]
-    pieces: tuple[tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...], int], ...]
+    pieces: Mapping[str, tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]]
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> _Carving:
-        pieces, offset = [], 0
+        pieces, offset = {}, 0
         for name, (shape, dtype) in shapes.items():
             strides, size = [], 1
             for extent in reversed(shape):
                 strides.append(size)
                 size *= extent
-            pieces.append((name, dtype, shape, tuple(reversed(strides)), offset // dtype.itemsize))
+            pieces[name] = (dtype, shape, tuple(reversed(strides)), offset // dtype.itemsize)
             offset += -(-size * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-        return cls(offset, tuple({dtype for _, dtype in shapes.values()}), tuple(pieces))
+        return cls(offset, pieces)
+
+
+class _Workspaces(Mapping[str, torch.Tensor]):
+    """One allocation, cut where it is read: a view costs host time on every step, and most kernels read few of them."""
+
+    __slots__ = ("_carving", "_cut", "_storage", "_typed")
+
+    def __init__(self, carving: _Carving, storage: torch.Tensor) -> None:
+        self._carving = carving
+        self._storage = storage
+        self._typed: dict[torch.dtype, torch.Tensor] = {}
+        self._cut: dict[str, torch.Tensor] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        found = self._cut.get(name)
+        if found is None:
+            dtype, shape, strides, offset = self._carving.pieces[name]
+            typed = self._typed.get(dtype)
+            if typed is None:
+                typed = self._typed[dtype] = self._storage.view(dtype)
+            found = self._cut[name] = typed.as_strided(shape, strides, offset)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._carving.pieces)
+
+    def __len__(self) -> int:
+        return len(self._carving.pieces)
 
 
 def _without_dropped(
@@ -350,6 +397,15 @@ def _redirect_dropped(dispatched: Dispatched) -> Dispatched:
     assert dispatched.topk_ids is not None and dispatched.topk_weights is not None
     ids, weights, x = _without_dropped(dispatched.topk_ids, dispatched.topk_weights, dispatched.x, 0)
     return attrs.evolve(dispatched, x=x, topk_ids=ids, topk_weights=weights)
+
+
+def _with_contiguous_choices(dispatched: Dispatched) -> Dispatched:
+    """The same with contiguous ids and weights: a dispatch may hand over views on the rows that it received."""
+    ids, weights = dispatched.topk_ids, dispatched.topk_weights
+    assert ids is not None and weights is not None
+    if ids.is_contiguous() and weights.is_contiguous():
+        return dispatched
+    return attrs.evolve(dispatched, topk_ids=ids.contiguous(), topk_weights=weights.contiguous())
 
 
 _side_streams: dict[torch.device, Any] = {}

@@ -3,6 +3,9 @@
 Pairs (dispatch, experts) are walked in the order of their priorities; the first without a rejection wins. Every pair
 keeps all of its reasons, so that a refusal and a choice are explained by the same table. The dispatch decides the
 activation format; the experts must take it.
+
+The winner fixes the dispatch, payload and weight layout. Other experts that can share these with it stand in the same
+plan, each for the row bounds at which it is best: by what `moe-core tune` measured, else by declared priority.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from moe_core.errors import UnsupportedError
 from moe_core.hookspecs import PLUGIN_API
 from moe_core.interfaces import Candidate
 from moe_core.quant import QuantScheme
+from moe_core.ranges import ExpertsCandidate as ExpertsCandidate  # beside DispatchCandidate, for who calls `select`
+from moe_core.ranges import ExpertsRange, choose_ranges, contenders, peak_priority, unmeasured
+from moe_core.tuned import NOT_TUNED, LaunchTable, Tuned
 from moe_core.types import (
     MODEL_DTYPE_PAYLOAD,
     ROW_WISE_PAYLOAD,
@@ -31,17 +37,8 @@ from moe_core.types import (
 )
 
 DispatchCandidate = Candidate[DispatchCapabilities]
-ExpertsCandidate = Candidate[ExpertsCapabilities]
 
 CANONICAL_LAYOUT = "canonical"
-
-
-@attrs.frozen
-class ExpertsRange:
-    """The experts that run when the row bound is at least `first_row` (T locally, the capacity after a dispatch)."""
-
-    first_row: int
-    candidate: ExpertsCandidate
 
 
 @attrs.frozen(kw_only=True)
@@ -52,21 +49,25 @@ class Plan:
         problem: what was asked.
         dispatch: the dispatch backend.
         ranges: the experts backends, by row bound, from 0 up.
+        fitting: all experts that could stand in `ranges`: the same on every rank, whatever was measured there.
         payload: what goes over the wire: `MODEL_DTYPE_PAYLOAD` or a scheme's name.
         weight_layout: the layout that all experts of this plan read.
         shared_experts_order: when the shared experts run.
         owners: each duty that this layer has → the one stage that does it.
         reports: every candidate pair with its reasons.
+        tuned: what this user measured of the layer on this device.
     """
 
     problem: Problem
     dispatch: DispatchCandidate
     ranges: tuple[ExpertsRange, ...]
+    fitting: tuple[ExpertsCandidate, ...]
     payload: str
     weight_layout: str
     shared_experts_order: SharedExpertsOrder
     owners: Mapping[Duty, str]
     reports: tuple[PairReport, ...] = attrs.field(repr=False)
+    tuned: Tuned = attrs.field(default=NOT_TUNED, repr=False)
 
     @property
     def config(self) -> MoEConfig:
@@ -95,13 +96,35 @@ class Plan:
         """The kernel's output needs no sum over ranks any more."""
         return self.owners.get(Duty.CROSS_RANK_REDUCE) != "runner"
 
+    @property
+    def launch(self) -> Mapping[str, LaunchTable]:
+        """Launch parameters that this user measured, by the experts' label."""
+        return self.tuned.of(self.activation_format).launch
+
+    @property
+    def ranges_by(self) -> str:
+        """What the ranges were chosen by, in one sentence."""
+        if len(contenders(self.fitting)) == 1:
+            return "; ".join(filter(None, ["no other experts to choose among", self.tuned.complaint]))
+        complaint = self.tuned.complaint or unmeasured(self.fitting, self.tuned.of(self.activation_format).points)
+        if complaint:
+            return f"declared priorities; {complaint}"
+        return f"times that moe-core tune measured on {self.tuned.date} ({self.tuned.source})"
+
+    def advice(self) -> dict[str, Any]:
+        """What the ranks of a layer had better agree on: a difference costs speed and no numbers."""
+        return {
+            "ranges of experts": [(r.first_row, r.candidate.label) for r in self.ranges],
+            "launch parameters measured": self.launch,
+        }
+
     def fingerprint(self) -> dict[str, Any]:
-        """What all ranks of a layer must agree on. Ranks, device indices and tuned tables are not in it."""
+        """What all ranks of a layer must agree on. Ranks, device indices and what was measured are not in it."""
         config, caps, parallel = self.config, self.dispatch.capabilities, self.problem.parallel
         return {
             "api": PLUGIN_API,
             "dispatch": f"{self.dispatch.name} ({self.dispatch.plugin})",
-            "experts": [(r.first_row, f"{r.candidate.name} ({r.candidate.plugin})") for r in self.ranges],
+            "experts": sorted(candidate.label for candidate in self.fitting),
             "format": self.activation_format.value,
             "payload": self.payload,
             "dtype": str(config.dtype),
@@ -142,8 +165,16 @@ class Plan:
             },
             "dispatch": {"name": self.dispatch.name, "plugin": self.dispatch.plugin},
             "experts": [
-                {"first_row": r.first_row, "name": r.candidate.name, "plugin": r.candidate.plugin} for r in self.ranges
+                {
+                    "first_row": r.first_row,
+                    "name": r.candidate.name,
+                    "plugin": r.candidate.plugin,
+                    "why": r.why,
+                }
+                for r in self.ranges
             ],
+            "ranges_by": self.ranges_by,
+            "tuned": {"file": self.tuned.source, "date": self.tuned.date, "complaint": self.tuned.complaint},
             "format": self.activation_format.value,
             "payload": self.payload,
             "weight_layout": self.weight_layout,
@@ -159,14 +190,22 @@ class Plan:
             r.candidate.name if len(self.ranges) == 1 else f"{r.candidate.name} from {r.first_row} rows"
             for r in self.ranges
         )
+        by = []
+        if len(contenders(self.fitting)) > 1 or self.tuned.complaint:
+            by = [f"ranges: {self.ranges_by}"]
+            by += [
+                f"  from {r.first_row} rows: {r.candidate.name}, {r.why}" for r in self.ranges if len(self.ranges) > 1
+            ]
         chosen = (
             f"dispatch {self.dispatch.name} · experts {experts} · {self.activation_format.value} format · "
             f"payload {self.payload} · weights {self.weight_layout}"
         )
         if self.config.has_shared_experts:
             chosen += f" · shared experts {self.shared_experts_order.value}"
+        if self.launch:
+            by.append(f"launch parameters: also measured by moe-core tune, on {self.tuned.date} ({self.tuned.source})")
         duties = ", ".join(f"{duty.value} by {owner}" for duty, owner in self.owners.items())
-        return f"{chosen}\neach duty once: {duties}\n{format_table(self.reports)}"
+        return "\n".join([chosen, *by, f"each duty once: {duties}", format_table(self.reports)])
 
 
 def table(reports: Sequence[PairReport]) -> list[dict[str, Any]]:
@@ -199,6 +238,7 @@ def select(
     *,
     dispatch: str | None = None,
     experts: str | None = None,
+    tuned: Tuned = NOT_TUNED,
 ) -> Plan:
     """Choose the backends for one layer.
 
@@ -206,6 +246,7 @@ def select(
         problem: the layer, its spread, its scheme and device.
         dispatch_candidates, experts_candidates: what is registered, with `availability` filled in.
         dispatch, experts: explicit requests by name; honoured or refused, never replaced.
+        tuned: what was measured of this layer on this device.
 
     Raises:
         UnsupportedError: no pair can run; carries and prints the whole table.
@@ -216,7 +257,7 @@ def select(
         if dispatch in (None, d.name) and experts in (None, e.name)
     ]
     reports = [
-        PairReport(d.name, e.name, (priority_at(d.priority, 0), _peak(e)), tuple(_reject_pair(problem, d, e)))
+        PairReport(d.name, e.name, (priority_at(d.priority, 0), peak_priority(e)), tuple(_reject_pair(problem, d, e)))
         for d, e in pairs
     ]
     winner = next((i for i, report in enumerate(reports) if not report.rejections), None)
@@ -224,61 +265,56 @@ def select(
         asked = ", ".join(f"{k} {v!r}" for k, v in (("dispatch", dispatch), ("experts", experts)) if v)
         wanted = f" as asked ({asked})" if asked else ""
         raise UnsupportedError(f"no pair of backends can run this layer{wanted}:\n{format_table(reports)}", reports)
-    reports[winner] = attrs.evolve(reports[winner], chosen=True)
-    chosen_dispatch, chosen_experts = pairs[winner]
-    payload = _payload(problem, chosen_dispatch, chosen_experts)
+    chosen_dispatch, first = pairs[winner]
+    payload = _payload(problem, chosen_dispatch, first)
     assert payload is not None, "a pair without a payload must have been rejected"
-    fitting = [
+    for i, (d, e) in enumerate(pairs):
+        if d is chosen_dispatch and not reports[i].rejections and (reason := _cannot_share(problem, d, first, e)):
+            reports[i] = attrs.evolve(reports[i], rejections=(Rejection("pair", reason),))
+    fitting = tuple(
         e for (d, e), report in zip(pairs, reports, strict=True) if d is chosen_dispatch and not report.rejections
-    ]
-    same = [e for e in fitting if _mixable(problem, chosen_dispatch, chosen_experts, e)]
+    )
+    ranges = choose_ranges(fitting, tuned.of(chosen_dispatch.capabilities.activation_format))
+    running = {item.candidate.name for item in ranges}
     return Plan(
         problem=problem,
         dispatch=chosen_dispatch,
-        ranges=_ranges(same),
+        ranges=ranges,
+        fitting=fitting,
         payload=payload,
-        weight_layout=_layout(problem, chosen_experts),
+        weight_layout=_layout(problem, first),
         shared_experts_order=_shared_order(problem, chosen_dispatch),
-        owners={duty: owners[0] for duty, owners in _ledger(problem, chosen_dispatch, chosen_experts).items()},
-        reports=tuple(reports),
+        owners={duty: owners[0] for duty, owners in _ledger(problem, chosen_dispatch, first).items()},
+        reports=tuple(
+            attrs.evolve(report, chosen=report.dispatch == chosen_dispatch.name and report.experts in running)
+            for report in reports
+        ),
+        tuned=tuned,
     )
-
-
-def _peak(candidate: ExpertsCandidate) -> int:
-    """The priority by which experts stand in the order of pairs: the highest they have at any row bound."""
-    priority = candidate.priority
-    return priority if isinstance(priority, int) else max(value for _, value in priority)
 
 
 def _in_order(
     dispatch_candidates: Sequence[DispatchCandidate], experts_candidates: Sequence[ExpertsCandidate]
 ) -> Iterator[tuple[DispatchCandidate, ExpertsCandidate]]:
     for d in sorted(dispatch_candidates, key=lambda c: (-priority_at(c.priority, 0), c.name)):
-        for e in sorted(experts_candidates, key=lambda c: (-_peak(c), c.name)):
+        for e in sorted(experts_candidates, key=lambda c: (-peak_priority(c), c.name)):
             yield d, e
 
 
-def _mixable(problem: Problem, d: DispatchCandidate, first: ExpertsCandidate, other: ExpertsCandidate) -> bool:
-    """May both stand in one plan? Payload, weight layout and routing are constants of a plan."""
-    return (
-        _payload(problem, d, other) == _payload(problem, d, first)
-        and _layout(problem, other) == _layout(problem, first)
-        and other.capabilities.routes_internally == first.capabilities.routes_internally
-    )
-
-
-def _ranges(candidates: Sequence[ExpertsCandidate]) -> tuple[ExpertsRange, ...]:
-    """The best candidate from each row bound on at which somebody's priority changes."""
-    bounds = {0}
-    for candidate in candidates:
-        if not isinstance(candidate.priority, int):
-            bounds.update(first for first, _ in candidate.priority)
-    ranges: list[ExpertsRange] = []
-    for bound in sorted(bounds):
-        best = min(candidates, key=lambda c: (-priority_at(c.priority, bound), c.name))
-        if not ranges or ranges[-1].candidate is not best:
-            ranges.append(ExpertsRange(bound, best))
-    return tuple(ranges)
+def _cannot_share(
+    problem: Problem, d: DispatchCandidate, first: ExpertsCandidate, other: ExpertsCandidate
+) -> str | None:
+    """Why two experts can't stand in one plan: payload, weight layout and routing are constants of a plan."""
+    insist = f"to run it alone, insist on experts = {other.name!r}"
+    ours, theirs = _layout(problem, first), _layout(problem, other)
+    if ours != theirs:
+        return f"reads weights in layout {theirs!r}, and {first.name}, which comes first, in {ours!r}; {insist}"
+    ours, theirs = str(_payload(problem, d, first)), str(_payload(problem, d, other))
+    if ours != theirs:
+        return f"takes rows as {theirs!r}, and {first.name}, which comes first, as {ours!r}; {insist}"
+    if first.capabilities.routes_internally != other.capabilities.routes_internally:
+        return f"only one of it and {first.name}, which comes first, routes internally; {insist}"
+    return None
 
 
 def _layout(problem: Problem, e: ExpertsCandidate) -> str:

@@ -20,10 +20,13 @@ from moe_core.hookspecs import hookimpl
 from moe_core.quant import QuantScheme
 from moe_core.types import (
     BATCHED_EXPERTS_DUTIES,
+    MODEL_DTYPE_PAYLOAD,
+    ROW_WISE_PAYLOAD,
     STANDARD_EXPERTS_DUTIES,
     ActivationFormat,
     Availability,
     DispatchCapabilities,
+    DispatchFootprint,
     ExpertPlacement,
     ExpertsCapabilities,
     GateUpLayout,
@@ -54,6 +57,12 @@ def _refuse_torch_experts(problem: Problem) -> str | None:
     )
 
 
+def _footprint_local(problem: Problem, payload: str, tokens: int) -> DispatchFootprint:
+    from moe_core.builtin.local import footprint  # noqa: PLC0415 - only when it is asked for
+
+    return footprint(problem, payload, tokens)
+
+
 LOCAL = DispatchCapabilities(
     activation_format=ActivationFormat.STANDARD,
     dtypes=frozenset(MODEL_DTYPES),
@@ -66,14 +75,19 @@ LOCAL = DispatchCapabilities(
     overlap_safe=True,
     graph_capturable=True,
     deterministic=True,
+    footprint=_footprint_local,
 )
+
+
+def _gathers(parallel: MoEParallelConfig) -> bool:
+    """If not, nobody's tokens are missing anywhere; with several ranks the sum over them is then the runner's."""
+    return parallel.ep_size * parallel.tp_size > 1 and not parallel.tokens_are_replicated
 
 
 def _refuse_all_gather(problem: Problem) -> str | None:
     """Without a bound of T the ranks tell each other their T, and a GPU would have to be waited for."""
     config, parallel = problem.config, problem.parallel
-    alone = parallel.ep_size == 1 and parallel.tp_size == 1
-    if alone or parallel.tokens_are_replicated or config.max_tokens_per_rank is not None:
+    if not _gathers(parallel) or config.max_tokens_per_rank is not None:
         return None
     if problem.device.type == "cpu" and not config.cuda_graph:
         return None
@@ -83,13 +97,24 @@ def _refuse_all_gather(problem: Problem) -> str | None:
     )
 
 
+def _footprint_all_gather(problem: Problem, payload: str, tokens: int) -> DispatchFootprint:
+    if not _gathers(problem.parallel):
+        return _footprint_local(problem, payload, tokens)
+    from moe_core.builtin.all_gather import footprint  # noqa: PLC0415 - only when it is asked for
+
+    return footprint(problem, payload, tokens)
+
+
 ALL_GATHER = attrs.evolve(
     LOCAL,
     carries_tokens=True,
     output_reduced=True,
     local_if_replicated=True,
     gathers_tokens=True,
+    payloads=frozenset({MODEL_DTYPE_PAYLOAD, ROW_WISE_PAYLOAD}),
+    split=True,
     refuse=_refuse_all_gather,
+    footprint=_footprint_all_gather,
 )
 
 TORCH_EXPERTS = ExpertsCapabilities(
@@ -146,14 +171,15 @@ def _make_all_gather(
     group: Group | None,
     placement: ExpertPlacement,
 ) -> PrepareAndFinalize:
-    if parallel.ep_size * parallel.tp_size == 1 or parallel.tokens_are_replicated:
-        # nobody's tokens are missing anywhere; with several ranks the sum over them is then the runner's
-        return _make_local(config, parallel, scheme, group, placement)
+    if not _gathers(parallel):
+        from moe_core.builtin.local import LocalPrepareAndFinalize  # noqa: PLC0415 - only when it is used
+
+        return LocalPrepareAndFinalize(scheme)
     if group is None:
         raise MoEError("dispatch all_gather moves tokens between ranks, and group is None: pass the layer's Group")
     from moe_core.builtin.all_gather import AllGatherPrepareAndFinalize  # noqa: PLC0415 - only when it is used
 
-    return AllGatherPrepareAndFinalize(group, max_tokens=config.max_tokens_per_rank)
+    return AllGatherPrepareAndFinalize(group, max_tokens=config.max_tokens_per_rank, scheme=scheme)
 
 
 def _make_torch_experts(

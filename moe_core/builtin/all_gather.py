@@ -7,22 +7,27 @@ largest T of any rank (`MoEConfig.max_tokens_per_rank`).
 Where M is known, every rank sends M rows: the step has one shape, asks the device for nothing and can be captured in a
 graph. Where it is not, the ranks tell each other their T first; that is a value on the host, so only on a CPU.
 
+Rows travel in the model dtype, or quantized row by row where the scheme allows it; sums always in the model dtype.
+
 Rounding: each rank's experts round their sum for a row to the model dtype, and the sum over ranks is taken in it, by
-the group. Nothing else rounds.
+the group. Besides a quantized payload nothing else rounds.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import attrs
 import torch
 
 from moe_core.builtin.local import local_ids
+from moe_core.config import Problem
 from moe_core.errors import CapacityError, MoEError
+from moe_core.footprint import payload_row_bytes
 from moe_core.interfaces import Group, PrepareAndFinalize
-from moe_core.types import MODEL_DTYPE_PAYLOAD, Dispatched, Routing
-
-_ALIGNMENT = 16
-"""Bytes. Rows, and the ids behind them, start at multiples of this: enough for any vector load."""
+from moe_core.quant import UNQUANTIZED, QuantScheme
+from moe_core.types import Dispatched, DispatchFootprint, Routing
+from moe_core.wire import WireRow, payload_spec
 
 
 @attrs.define
@@ -40,18 +45,20 @@ class _Handle:
 class AllGatherPrepareAndFinalize(PrepareAndFinalize):
     """STANDARD format, R = rows of all ranks in rank order; ids of other ranks' experts, and of padding, are -1.
 
-    Row, ids and weights travel in one buffer of bytes, so a dispatch is one collective; so is a combine. Every rank
-    enters them on every step, also with T = 0. All that a step needs stands in its handle, so any number of
-    micro-batches may be in flight.
+    Row, scales, ids and weights travel in one buffer of bytes, so a dispatch is one collective; so is a combine. Every
+    rank enters them on every step, also with T = 0. All that a step needs stands in its handle, so any number of
+    micro-batches may be in flight; both stages start in one half and wait in the other.
 
     Args:
         group: the layer's ranks.
         max_tokens: M; None: the ranks exchange their T (on a CPU).
+        scheme: of the layer; where the plan's payload is its name, rows are quantized before they travel.
     """
 
-    def __init__(self, group: Group, *, max_tokens: int | None = None) -> None:
+    def __init__(self, group: Group, *, max_tokens: int | None = None, scheme: QuantScheme = UNQUANTIZED) -> None:
         self.group = group
         self.max_tokens = max_tokens
+        self.scheme = scheme
 
     def prepare(
         self,
@@ -67,31 +74,57 @@ class AllGatherPrepareAndFinalize(PrepareAndFinalize):
         Raises:
             CapacityError: T is above `max_tokens`.
         """
-        if payload != MODEL_DTYPE_PAYLOAD:
-            raise MoEError(
-                f"dispatch all_gather was given payload = {payload!r}; it carries only {MODEL_DTYPE_PAYLOAD!r}"
-            )
-        sizes = self._sizes(hidden_states)
-        rows, hidden = sizes[self.group.rank], hidden_states.shape[1]
-        top_k = routing.topk_ids.shape[1]
-        layout = _Layout(hidden, top_k, hidden_states.dtype)
-        sent = layout.pack(hidden_states, routing, rows)
-        gathered = self.group.all_gather(sent, sizes)
-        x, ids, weights = layout.unpack(gathered)
-        if expert_map is not None:
-            ids = local_ids(ids, expert_map)
-        return Dispatched(x=x, handle=_Handle(sizes), topk_ids=ids, topk_weights=weights)
+        return self.prepare_start(
+            hidden_states, routing, num_experts=num_experts, expert_map=expert_map, payload=payload
+        )()
 
     def finalize(self, expert_out: torch.Tensor, handle: object, routing: Routing, out: torch.Tensor) -> None:
         """Sum `expert_out` `[R, H]` over the ranks; `out` `[T, H]` gets this rank's rows of the sum."""
+        self.finalize_start(expert_out, handle, routing, out)()
+
+    def prepare_start(
+        self,
+        hidden_states: torch.Tensor,
+        routing: Routing,
+        *,
+        num_experts: int,
+        expert_map: torch.Tensor | None,
+        payload: str,
+    ) -> Callable[[], Dispatched]:
+        """Start to gather. Without `max_tokens` the ranks tell each other their T here, before."""
+        spec = payload_spec(payload, self.scheme, "all_gather")
+        sizes = self._sizes(hidden_states)
+        row = WireRow(hidden_states.shape[1], hidden_states.dtype, routing.topk_ids.shape[1], spec, weighted=True)
+        finish = self.group.all_gather_start(row.pack(hidden_states, routing, sizes[self.group.rank]), sizes)
+
+        def receive() -> Dispatched:
+            rows = row.unpack(finish())
+            return Dispatched(
+                x=rows.x,
+                x_scale=None if rows.x_scale is None else rows.x_scale.contiguous(),
+                handle=_Handle(sizes),
+                topk_ids=rows.topk_ids if expert_map is None else local_ids(rows.topk_ids, expert_map),
+                topk_weights=rows.topk_weights,
+            )
+
+        return receive
+
+    def finalize_start(
+        self, expert_out: torch.Tensor, handle: object, routing: Routing, out: torch.Tensor
+    ) -> Callable[[], None]:
+        """Start the sum over ranks."""
         if not isinstance(handle, _Handle) or handle.consumed:
             raise MoEError(
                 f"dispatch all_gather: finalize got handle = {handle!r}; it takes the handle of one prepare, exactly "
                 "once"
             )
         handle.consumed = True
-        own = self.group.reduce_scatter(expert_out, handle.sizes)
-        out.copy_(own[: out.shape[0]])
+        finish = self.group.reduce_scatter_start(expert_out, handle.sizes)
+
+        def receive() -> None:
+            out.copy_(finish()[: out.shape[0]])
+
+        return receive
 
     def release(self, handle: object) -> None:
         """An exception came between `prepare` and `finalize`: no buffer is pooled, so only the handle is closed."""
@@ -113,47 +146,21 @@ class AllGatherPrepareAndFinalize(PrepareAndFinalize):
         return [self.max_tokens] * self.group.size
 
 
-@attrs.frozen
-class _Layout:
-    """A row on the wire: H values in the model dtype, then K ids int32, then K weights float32.
-
-    Attributes:
-        hidden: H.
-        top_k: K.
-        dtype: of the values.
-    """
-
-    hidden: int
-    top_k: int
-    dtype: torch.dtype
-
-    @property
-    def ids_at(self) -> int:
-        return _aligned(self.hidden * self.dtype.itemsize)
-
-    @property
-    def row_bytes(self) -> int:
-        return self.ids_at + _aligned(8 * self.top_k)
-
-    def pack(self, hidden_states: torch.Tensor, routing: Routing, rows: int) -> torch.Tensor:
-        """uint8 `[rows, row_bytes]`: T rows, then padding whose ids are -1."""
-        tokens = hidden_states.shape[0]
-        buffer = torch.empty(rows, self.row_bytes, dtype=torch.uint8, device=hidden_states.device)
-        x, ids, weights = self.unpack(buffer)
-        x[:tokens].copy_(hidden_states)
-        ids[:tokens].copy_(routing.topk_ids)
-        weights[:tokens].copy_(routing.topk_weights)
-        if rows > tokens:
-            ids[tokens:].fill_(-1)
-        return buffer
-
-    def unpack(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Views on a buffer: `[R, H]`, ids int32 `[R, K]` and weights float32 `[R, K]`."""
-        ids_at, weights_at = self.ids_at, self.ids_at + 4 * self.top_k
-        x = buffer[:, : self.hidden * self.dtype.itemsize].view(self.dtype)
-        ids = buffer[:, ids_at:weights_at].view(torch.int32)
-        return x, ids, buffer[:, weights_at : weights_at + 4 * self.top_k].view(torch.float32)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+def footprint(problem: Problem, payload: str, tokens: int) -> DispatchFootprint:
+    """With tokens of each rank's own. M rows of every rank are gathered, and as many sums scattered."""
+    config, parallel = problem.config, problem.parallel
+    ranks = max(parallel.ep_size, parallel.tp_size)
+    sent = tokens if config.max_tokens_per_rank is None else config.max_tokens_per_rank
+    spec, hidden = payload_spec(payload, problem.scheme, "all_gather"), config.experts_hidden_size
+    row = WireRow(hidden, config.dtype, config.top_k, spec, weighted=True).row_bytes
+    sums = sent * hidden * config.dtype.itemsize
+    scales = ranks * sent * payload_row_bytes(problem, payload)[1]
+    told = torch.int64.itemsize if config.max_tokens_per_rank is None else 0
+    local = ranks * sent * config.top_k * torch.int32.itemsize if parallel.ep_size > 1 else 0
+    return DispatchFootprint(
+        rows=ranks * sent,
+        dispatch_wire_bytes=(ranks - 1) * (sent * row + told),
+        combine_wire_bytes=(ranks - 1) * sums,
+        held_bytes=ranks * sent * row + scales + local,
+        scratch_bytes=max(sent * row + local, sums),
+    )

@@ -8,9 +8,14 @@ from __future__ import annotations
 import attrs
 import torch
 
+from moe_core import formats
+from moe_core.config import Problem
 from moe_core.errors import MoEError
+from moe_core.footprint import payload_row_bytes
 from moe_core.interfaces import PrepareAndFinalize
-from moe_core.types import MODEL_DTYPE_PAYLOAD, Dispatched, Routing
+from moe_core.quant import UNQUANTIZED, QuantScheme
+from moe_core.types import MODEL_DTYPE_PAYLOAD, Dispatched, DispatchFootprint, Routing
+from moe_core.wire import payload_spec
 
 
 @attrs.define
@@ -23,7 +28,14 @@ class LocalPrepareAndFinalize(PrepareAndFinalize):
 
     With more than one expert-parallel rank, every rank has the same tokens and runs its own experts on them; the sum
     over ranks is the runner's.
+
+    Args:
+        scheme: of the layer. The plans of dispatch `local` carry the model dtype alone; this is for backends that move
+            nothing where nothing has to move, and whose experts are promised rows of the scheme's all the same.
     """
+
+    def __init__(self, scheme: QuantScheme = UNQUANTIZED) -> None:
+        self.scheme = scheme
 
     def prepare(
         self,
@@ -38,14 +50,13 @@ class LocalPrepareAndFinalize(PrepareAndFinalize):
 
         Without an `expert_map` no kernel is launched: the tensors that come in are those that go out.
         """
-        if payload != MODEL_DTYPE_PAYLOAD:
-            raise MoEError(
-                f"dispatch local was given payload = {payload!r}; it carries only {MODEL_DTYPE_PAYLOAD!r}, "
-                "the experts quantize their input themselves"
-            )
+        spec = payload_spec(payload, self.scheme, "local")
         ids = routing.topk_ids
         if expert_map is not None:
             ids = local_ids(ids, expert_map)
+        if spec is not None:
+            x, scale = formats.quantize(hidden_states, spec)
+            return Dispatched(x=x, x_scale=scale, handle=_Handle(), topk_ids=ids, topk_weights=routing.topk_weights)
         x = hidden_states if hidden_states.stride(-1) == 1 else hidden_states.contiguous()
         return Dispatched(x=x, handle=_Handle(), topk_ids=ids, topk_weights=routing.topk_weights)
 
@@ -62,6 +73,17 @@ class LocalPrepareAndFinalize(PrepareAndFinalize):
         handle.consumed = True
         if expert_out is not out and expert_out.data_ptr() != out.data_ptr():
             out.copy_(expert_out)
+
+
+def footprint(problem: Problem, payload: str, tokens: int) -> DispatchFootprint:
+    """Nothing but local ids, where there are other ranks, and the rows of a quantized payload."""
+    maps = problem.parallel.ep_size > 1
+    rows = 0 if payload == MODEL_DTYPE_PAYLOAD else sum(payload_row_bytes(problem, payload))
+    return DispatchFootprint(
+        rows=tokens,
+        held_bytes=tokens * ((problem.config.top_k * torch.int32.itemsize if maps else 0) + rows),
+        own_output=True,
+    )
 
 
 def local_ids(ids: torch.Tensor, expert_map: torch.Tensor) -> torch.Tensor:

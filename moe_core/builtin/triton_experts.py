@@ -6,7 +6,9 @@ C row capacity per local expert.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ import torch
 from moe_core import ops
 from moe_core.config import MoEConfig, MoEParallelConfig, Problem
 from moe_core.interfaces import Experts, WorkspaceShapes
-from moe_core.types import ActivationFormat, Dispatched, ExpertWeights
+from moe_core.types import ActivationFormat, Device, Dispatched, ExpertWeights, LaunchRange
 
 
 class TritonExperts(Experts):
@@ -39,6 +41,7 @@ class TritonExperts(Experts):
             gated=spec.gated,
             interleaved=self._activation.gate_up_layout == "interleaved",
         )
+        self._measured: tuple[tuple[int, Any], ...] = ()
         self._bound: ExpertWeights | None = None
         self._launch: Any = None
 
@@ -70,9 +73,77 @@ class TritonExperts(Experts):
         assert ids is not None and router_weights is not None, "STANDARD format comes with ids and weights"
         self._launch(dispatched.x, ids, router_weights, workspaces, out, dispatched.num_rows)
 
+    def launch_ranges(self, activation_format: ActivationFormat, device: Device) -> tuple[LaunchRange, ...]:
+        """The kernels of each range of T. Interleaved weights may lie either way, so both are shown."""
+        problem = self._problem
+        if device.compute_capability is not None:
+            problem = replace(problem, capability=device.compute_capability)
+        if activation_format is ActivationFormat.BATCHED:
+            return (LaunchRange(0, f"grouped, {_shown(ops.batched_config(problem, 128))} at C = 128", "heuristics"),)
+        if not problem.interleaved:
+            return tuple(self._ranges(problem, device, ""))
+        turned = replace(problem, w13_unit="n", w2_unit="n")
+        return (
+            *self._ranges(problem, device, "contiguous rows: "),
+            *self._ranges(turned, device, "contiguous columns: "),
+        )
+
+    def _ranges(self, problem: ops.ExpertsProblem, device: Device, prefix: str) -> Iterator[LaunchRange]:
+        first = 0
+        for end, config, source in ops.sourced_plan(problem, device.name, self._configs(problem)):
+            yield LaunchRange(first, f"{prefix}{config.path}, {_shown(config)}", source)
+            first = first if end is None else end + 1
+
+    def launch_search(
+        self, rows: int, activation_format: ActivationFormat, weights: ExpertWeights
+    ) -> Generator[Sequence[Any], Sequence[float], None]:
+        """See `Experts.launch_search`. BATCHED format has heuristics only."""
+        if activation_format is ActivationFormat.BATCHED:
+            return
+        problem = self._launcher(weights)().problem
+        search = ops.search_launch(problem, rows, torch.cuda.get_device_name(weights.w13.device))
+        configs = next(search, None)
+        while configs is not None:
+            times = yield [ops.config_to_json(config, problem) for config in configs]
+            try:
+                configs = search.send(times)
+            except StopIteration:
+                return
+
+    def compile_launch(
+        self, parameters: Any, rows: int, activation_format: ActivationFormat, weights: ExpertWeights, device: Device
+    ) -> None:
+        """Fill Triton's cache with the kernels of a step."""
+        major, minor = device.compute_capability or (9, 0)
+        x = torch.empty(rows, self._problem.hidden_size, dtype=self._dtype, device="meta")
+        ids = torch.empty(rows, self._top_k, dtype=torch.int32, device="meta")
+        dispatched = Dispatched(x, None, topk_ids=ids, topk_weights=ids.float())
+        shapes = self.workspace_shapes(rows, activation_format)
+        spaces = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
+        self.use_launch(((rows, parameters),))
+        with ops.compile_only(10 * major + minor):
+            self.apply(dispatched, weights, spaces, torch.empty_like(x))
+
+    def use_launch(self, table: Sequence[tuple[int, Any]]) -> None:
+        """See `Experts.use_launch`. What was found for weights with other strides is left out."""
+        self._measured = tuple(table)
+        self._bound = None
+
+    def _configs(self, problem: ops.ExpertsProblem) -> list[tuple[int, Any]]:
+        found = ((rows, ops.config_from_json(stored, problem)) for rows, stored in self._measured)
+        return [(rows, config) for rows, config in found if config is not None]
+
     def _bind_standard(self, weights: ExpertWeights) -> ops.ExpertsLauncher:
         """Prepare the launches for a weights record. Records are compared by identity, so a new one binds anew."""
-        return ops.ExpertsLauncher(
+        make = self._launcher(weights)
+        launcher = make()
+        if configs := self._configs(launcher.problem):
+            launcher = make(plan=ops.measured_plan(launcher.plan, configs))
+        return launcher
+
+    def _launcher(self, weights: ExpertWeights) -> functools.partial[ops.ExpertsLauncher]:
+        return functools.partial(
+            ops.ExpertsLauncher,
             weights.w13.detach(),
             weights.w2.detach(),
             top_k=self._top_k,
@@ -90,3 +161,17 @@ class TritonExperts(Experts):
             bias13=weights.w13_bias,
             bias2=weights.w2_bias,
         )
+
+
+def _shown(config: Any) -> str:
+    """A configuration in one line: "up 32x64x128, down alternating 128, …" for tiles, each field by its name."""
+    parts = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            sizes = [str(getattr(value, name)) for name in ("block_m", "block_n", "block_k") if hasattr(value, name)]
+            kind = type(value).__name__.removesuffix("Config").lower()
+            value = ("" if kind == "tile" else f"{kind} ") + "x".join(sizes)
+        if field.name != "path":
+            parts.append(f"{field.name} {value}")
+    return ", ".join(parts)

@@ -10,6 +10,8 @@
 | `custom` | a function of the user | that function | |
 | `simulated` | hashed noise, logits ignored | a chosen distribution | load tests |
 
+On an NVIDIA GPU the first five are one kernel, where a layer is built there (`on_gpu.py`).
+
 Shared by all: mathematics in float32, ids int64 (what `torch.topk` gives), weights float32, both new tensors. The
 correction bias takes part in the choice alone. The routed scaling factor is in no router's weights: it is the
 runner's duty, so weights of models whose own router multiplies it in are ours times that factor.

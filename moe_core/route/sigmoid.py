@@ -13,6 +13,7 @@ import torch
 from moe_core.config import MoEConfig
 from moe_core.interfaces import Router
 from moe_core.route.choose import choose
+from moe_core.route.on_gpu import on_gpu
 from moe_core.route.params import Param, count, flag, read_params
 from moe_core.types import Routing
 
@@ -53,6 +54,11 @@ class SigmoidRouter(Router):
         ids_TK, weights_TK = choose(router_logits.float().sigmoid(), correction_bias, self.top_k)
         return Routing(ids_TK, _renormalized(weights_TK, self.epsilon) if self.renormalize else weights_TK)
 
+    def for_device(self, device: torch.device, num_experts: int) -> Router:
+        return on_gpu(
+            self, device, num_experts, self.top_k, "sigmoid", renormalize=self.renormalize, epsilon=self.epsilon
+        )  # fmt: skip
+
 
 @attrs.frozen
 class GroupedSigmoidRouter(Router):
@@ -91,6 +97,12 @@ class GroupedSigmoidRouter(Router):
         ids_TK = biased_TE.topk(self.top_k, dim=-1, sorted=False).indices
         weights_TK = scores_TE.gather(-1, ids_TK)
         return Routing(ids_TK, _renormalized(weights_TK, GROUPED_EPSILON) if self.renormalize else weights_TK)
+
+    def for_device(self, device: torch.device, num_experts: int) -> Router:
+        return on_gpu(
+            self, device, num_experts, self.top_k, "sigmoid", renormalize=self.renormalize, epsilon=GROUPED_EPSILON,
+            num_groups=self.num_groups, topk_groups=self.topk_groups,
+        )  # fmt: skip
 
     def _only_best_groups(self, biased_TE: torch.Tensor) -> torch.Tensor:
         """`[T, E]` with -inf in place of every score outside the `topk_groups` best groups."""
@@ -149,3 +161,6 @@ class Llama4Router(Router):
     def select_experts(self, router_logits: torch.Tensor, correction_bias: torch.Tensor | None = None) -> Routing:
         ids_TK, logits_TK = choose(router_logits, correction_bias, self.top_k)
         return Routing(ids_TK, logits_TK.float().sigmoid())
+
+    def for_device(self, device: torch.device, num_experts: int) -> Router:
+        return on_gpu(self, device, num_experts, self.top_k, "sigmoid_of_topk")

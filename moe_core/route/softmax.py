@@ -11,6 +11,7 @@ import torch
 from moe_core.config import MoEConfig
 from moe_core.interfaces import Router
 from moe_core.route.choose import choose
+from moe_core.route.on_gpu import on_gpu
 from moe_core.route.params import flag, read_params
 from moe_core.types import Routing
 
@@ -39,6 +40,9 @@ class SoftmaxRouter(Router):
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
         return Routing(ids_TK, weights_TK)
 
+    def for_device(self, device: torch.device, num_experts: int) -> Router:
+        return on_gpu(self, device, num_experts, self.top_k, "softmax", renormalize=self.renormalize)
+
 
 @attrs.frozen
 class TopKSoftmaxRouter(Router):
@@ -60,3 +64,6 @@ class TopKSoftmaxRouter(Router):
     def select_experts(self, router_logits: torch.Tensor, correction_bias: torch.Tensor | None = None) -> Routing:
         ids_TK, logits_TK = choose(router_logits, correction_bias, self.top_k)
         return Routing(ids_TK, torch.softmax(logits_TK, dim=-1, dtype=torch.float32))
+
+    def for_device(self, device: torch.device, num_experts: int) -> Router:
+        return on_gpu(self, device, num_experts, self.top_k, "softmax_of_topk")

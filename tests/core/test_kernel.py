@@ -69,6 +69,38 @@ def test_workspaces_are_carved_exactly_from_one_aligned_allocation(config, build
     assert all(t.eq(-1).all() for t in spaces.values()), "they do not overlap"
 
 
+def test_experts_get_contiguous_ids_and_weights_whatever_the_dispatch_hands_over(config, build, plugin, backend):
+    class Seeing(Probe):
+        def apply(self, dispatched, weights, workspaces, out):
+            super().apply(dispatched, weights, workspaces, out)
+            self.seen.append(dispatched)
+
+    factory, capabilities = backend("dispatch", "local")
+    seeing = Seeing(0.0)
+
+    def strided(*arguments):
+        inner = factory(*arguments)
+        prepare = inner.prepare
+
+        def wide(*args, **kwargs):
+            made = prepare(*args, **kwargs)
+            ids, weights = (torch.stack([t, t], dim=2)[..., 0] for t in (made.topk_ids, made.topk_weights))
+            return attrs.evolve(made, topk_ids=ids, topk_weights=weights)
+
+        inner.prepare = wide
+        return inner
+
+    plugin("strided", dispatch=("strided", strided, capabilities, _ok, 1000))
+    register(plugin, backend, seeing=(seeing, 1000))
+    runner = build(config())
+    step(runner, 4)
+    dispatched = seeing.seen[-1]
+    assert runner.plan.dispatch.name == "strided"
+    assert dispatched.topk_ids.is_contiguous()
+    assert dispatched.topk_weights.is_contiguous()
+    assert dispatched.topk_ids.tolist() == (torch.arange(8).view(4, 2) % E).tolist()
+
+
 def test_experts_are_not_called_without_rows(config, build, plugin, backend):
     probe = Probe(3.0)
     register(plugin, backend, probe=(probe, 1000))

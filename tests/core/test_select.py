@@ -261,7 +261,8 @@ def test_explain_and_json_hold_the_same_table(problem):
     )
     text, data = plan.explain(), json.loads(json.dumps(plan.to_dict()))
     assert data["dispatch"]["name"] == "local"
-    assert data["experts"][0] == {"first_row": 0, "name": "torch", "plugin": f"moe-core {moe_core.__version__}"}
+    label = f"moe-core {moe_core.__version__}"
+    assert data["experts"] == [{"first_row": 0, "name": "torch", "plugin": label, "why": "priority 0"}]
     assert [row["verdict"] for row in data["candidates"]] == ["chosen", "outranked"]
     for row in data["candidates"]:
         assert f"{row['dispatch']} + {row['experts']}" in text

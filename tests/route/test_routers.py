@@ -228,3 +228,10 @@ class TestCustom:
     def test_refuses_a_bias_that_it_would_lose(self) -> None:
         with pytest.raises(ValueError, match=r"correction bias of shape \(12,\).* let the function hold the bias"):
             self.run(first_experts, torch.zeros(EXPERTS))
+
+
+@every_router
+def test_where_there_is_no_gpu_a_router_stands_for_itself(name: str, params: dict[str, Any]) -> None:
+    router = build(name, params)
+    assert router.for_device(torch.device("cpu"), EXPERTS) is router
+    assert router.for_device(torch.device("cuda"), 1 << 20) is router, "more experts than the kernel takes"
