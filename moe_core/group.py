@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from moe_core.errors import MoEError
+from moe_core.errors import CollectiveError
+from moe_core.interfaces import Finish
+
+# torch 2.13 renamed both and warns at the old names; 2.11 has only those.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class TorchGroup:
     """A `Group` (see `interfaces.py`) over `torch.distributed`.
 
-    A collective that fails raises `MoEError` with this rank and the collective's name: on gloo within the process
-    group's timeout. NCCL reports on its own, by its watchdog, since its collectives end after the call.
+    A collective that fails raises `CollectiveError` with this rank and the collective's name: on gloo within the
+    process group's timeout. NCCL reports on its own, by its watchdog, since its collectives end after the call.
 
     Args:
         torch_group: the process group; None: the default group, which must be initialised.
@@ -51,43 +57,81 @@ class TorchGroup:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         total = tensor.clone()
-        with self._named("all_reduce"):
-            dist.all_reduce(total, group=self._group)
+        self._run("all_reduce", dist.all_reduce, total)
         return total
 
     def all_gather(self, tensor: torch.Tensor, sizes: list[int] | None = None) -> torch.Tensor:
-        sizes = sizes or [tensor.shape[0]] * self.size
-        longest = max(sizes)
-        if min(sizes) == longest:
-            whole = tensor.new_empty((sum(sizes), *tensor.shape[1:]))
-            with self._named("all_gather"):
-                dist.all_gather_into_tensor(whole, tensor.contiguous(), group=self._group)
-            return whole
-        padded = tensor.new_zeros((longest, *tensor.shape[1:]))  # gloo gathers equal lengths only
-        padded[: tensor.shape[0]] = tensor
-        parts = [torch.empty_like(padded) for _ in sizes]
-        with self._named("all_gather"):
-            dist.all_gather(parts, padded, group=self._group)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        return self._all_gather(tensor, sizes, self._run)()
+
+    def all_gather_start(self, tensor: torch.Tensor, sizes: list[int] | None = None) -> Finish:
+        return self._all_gather(tensor, sizes, self._start)
 
     def reduce_scatter(self, tensor: torch.Tensor, sizes: list[int] | None = None) -> torch.Tensor:
-        sizes = sizes or [tensor.shape[0] // self.size] * self.size
-        if min(sizes) == max(sizes) and tensor.is_cuda:
-            own = tensor.new_empty((sizes[self.rank], *tensor.shape[1:]))
-            with self._named("reduce_scatter"):
-                dist.reduce_scatter_tensor(own, tensor.contiguous(), group=self._group)
-            return own
-        return self.all_reduce(tensor).split(sizes)[self.rank].clone()  # gloo has no reduce-scatter everywhere
+        return self._reduce_scatter(tensor, sizes, self._run)()
+
+    def reduce_scatter_start(self, tensor: torch.Tensor, sizes: list[int] | None = None) -> Finish:
+        return self._reduce_scatter(tensor, sizes, self._start)
 
     def all_to_all(self, tensor: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
-        out = tensor.new_empty((sum(receive), *tensor.shape[1:]))
-        with self._named("all_to_all"):
-            dist.all_to_all_single(out, tensor.contiguous(), receive, send, group=self._group)
-        return out
+        return self._all_to_all(tensor, send, receive, self._run)()
+
+    def all_to_all_start(self, tensor: torch.Tensor, send: list[int], receive: list[int]) -> Finish:
+        return self._all_to_all(tensor, send, receive, self._start)
 
     def barrier(self) -> None:
         with self._named("barrier"):
             dist.barrier(group=self._group)
+
+    def _all_gather(self, tensor: torch.Tensor, sizes: list[int] | None, run: _Run) -> Finish:
+        sizes = sizes or [tensor.shape[0]] * self.size
+        longest = max(sizes)
+        if min(sizes) == longest:
+            whole = tensor.new_empty((sum(sizes), *tensor.shape[1:]))
+            wait = run("all_gather", _all_gather, whole, tensor.contiguous())
+            return lambda: _after(wait, whole)
+        padded = tensor.new_zeros((longest, *tensor.shape[1:]))  # gloo gathers equal lengths only
+        padded[: tensor.shape[0]] = tensor
+        parts = [torch.empty_like(padded) for _ in sizes]
+        wait = run("all_gather", dist.all_gather, parts, padded)
+
+        def finish() -> torch.Tensor:
+            wait()
+            return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+        return finish
+
+    def _reduce_scatter(self, tensor: torch.Tensor, sizes: list[int] | None, run: _Run) -> Finish:
+        sizes, rank = sizes or [tensor.shape[0] // self.size] * self.size, self.rank
+        if min(sizes) == max(sizes) and tensor.is_cuda:
+            own = tensor.new_empty((sizes[rank], *tensor.shape[1:]))
+            wait = run("reduce_scatter", _reduce_scatter, own, tensor.contiguous())
+            return lambda: _after(wait, own)
+        total = tensor.clone()
+        wait = run("reduce_scatter", dist.all_reduce, total)  # gloo has no reduce-scatter everywhere
+        return lambda: _after(wait, total).split(sizes)[rank].clone()
+
+    def _all_to_all(self, tensor: torch.Tensor, send: list[int], receive: list[int], run: _Run) -> Finish:
+        out = tensor.new_empty((sum(receive), *tensor.shape[1:]))
+        wait = run("all_to_all", dist.all_to_all_single, out, tensor.contiguous(), receive, send)
+        return lambda: _after(wait, out)
+
+    def _run(self, name: str, collective: Callable[..., Any], *arguments: Any) -> Callable[[], None]:
+        """A whole collective; nothing is left to wait for."""
+        with self._named(name):
+            collective(*arguments, group=self._group)
+        return _nothing
+
+    def _start(self, name: str, collective: Callable[..., Any], *arguments: Any) -> Callable[[], None]:
+        """Enter a collective. The result holds its tensors and waits: the host on gloo, the current stream on NCCL."""
+        with self._named(name):
+            work = collective(*arguments, group=self._group, async_op=True)
+        return functools.partial(self._wait, name, [work, *arguments])
+
+    def _wait(self, name: str, under_way: list[Any]) -> None:
+        """End what `_start` started; `under_way`, the work and its tensors, is emptied."""
+        with self._named(name):
+            under_way[0].wait()
+        under_way.clear()
 
     @contextlib.contextmanager
     def _named(self, collective: str) -> Iterator[None]:
@@ -96,7 +140,19 @@ class TorchGroup:
             yield
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
-            raise MoEError(
+            raise CollectiveError(
                 f"rank {self.rank} of {self.size} in {collective}: {reason}; another rank died, or did not come within "
                 "the process group's timeout: look at the other ranks' output, and start all ranks again"
             ) from error
+
+
+_Run = Callable[..., Callable[[], None]]
+
+
+def _nothing() -> None:
+    """Waits for what is done already."""
+
+
+def _after(wait: Callable[[], None], tensor: torch.Tensor) -> torch.Tensor:
+    wait()
+    return tensor

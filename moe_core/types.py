@@ -169,6 +169,25 @@ class Dispatched:
 
 
 @attrs.frozen(eq=False)
+class WeightLayout:
+    """A kernel's own order of packed weights: a transform of one expert's bytes into the same storage, and back.
+
+    Both functions write in place. They take one expert's tensors by their names in `ExpertWeights` ("w13", "w13_scale",
+    "w2", "w2_scale", without the dim of experts) and the `gate_up_layout`; `pack` raises ValueError with a reason for
+    values that the layout can't hold.
+
+    Attributes:
+        name: what capability records call it.
+        pack: from the order in which weights are loaded into the kernel's.
+        unpack: the exact way back.
+    """
+
+    name: str
+    pack: Callable[[Mapping[str, torch.Tensor], GateUpLayout | None], None]
+    unpack: Callable[[Mapping[str, torch.Tensor], GateUpLayout | None], None]
+
+
+@attrs.frozen(eq=False)
 class ExpertWeights:
     """Views on one layer's weights, as experts read them. Building one copies nothing.
 
@@ -187,6 +206,7 @@ class ExpertWeights:
             that a format that stores the inverse in fp32 is divided by to the same bits.
         w13_input_scale, w2_input_scale: what checkpoints say about the input of each projection, `[E_l, 2]` and
             `[E_l, 1]`, or None: its static scale, or its second-level scale (then float64).
+        layout: the order that packed weights and their scales have been brought into; None: as they were loaded.
     """
 
     w13: torch.Tensor
@@ -200,6 +220,7 @@ class ExpertWeights:
     w2_global_scale: torch.Tensor | None = None
     w13_input_scale: torch.Tensor | None = None
     w2_input_scale: torch.Tensor | None = None
+    layout: WeightLayout | None = None
 
 
 @attrs.frozen
@@ -233,6 +254,48 @@ class PairReport:
             return "chosen"
         return "refused" if self.rejections else "outranked"
 
+
+@attrs.frozen
+class LaunchRange:
+    """Which kernels of an experts backend serve the row bounds from `first_row` on.
+
+    Attributes:
+        first_row: T in STANDARD format, C in BATCHED.
+        what: the kernels and their launch parameters, in one line for people.
+        source: where these come from (a shipped table, what this user measured, heuristics).
+    """
+
+    first_row: int
+    what: str
+    source: str
+
+
+@attrs.frozen(kw_only=True)
+class DispatchFootprint:
+    """What one step of one layer costs one rank in its dispatch: rows and bytes.
+
+    Attributes:
+        rows: the row bound that the experts get: R of STANDARD format, C of BATCHED.
+        dispatch_wire_bytes, combine_wire_bytes: what this rank receives from other ranks in `prepare` and in
+            `finalize`, padding included; of routing that is not padded away, the mean over uniform routing.
+        held_bytes: what `prepare` allocates and `finalize` releases: rows, scales, ids, counts, the handle.
+        scratch_bytes: the most that either of them has allocated at any moment, beyond `held_bytes`.
+        buffer_bytes: what lives as long as the backend: symmetric or vendor memory, whether layers share it or not.
+        own_output: `expert_output` gives the experts a place (counted above, or the layer's output); if not, the core
+            allocates one as large as the rows in the model dtype.
+    """
+
+    rows: int
+    dispatch_wire_bytes: int = 0
+    combine_wire_bytes: int = 0
+    held_bytes: int = 0
+    scratch_bytes: int = 0
+    buffer_bytes: int = 0
+    own_output: bool = False
+
+
+Footprint = Callable[[Any, str, int], DispatchFootprint]
+"""`footprint(problem, payload, tokens)`: pure host arithmetic; `tokens` is T, the same on every rank."""
 
 Refuse = Callable[[Any], str | None]
 """`refuse(problem) -> reason or None`: pure, for what the fields of a capability record can't say."""
@@ -285,6 +348,7 @@ class DispatchCapabilities:
         hidden_sizes: the only hidden sizes it takes; None: any. A backend that pads on the wire takes any.
         min_compute_capability: (major, minor) of CUDA devices; None: any.
         refuse: one more pure predicate over the `Problem`, for what no field can say.
+        footprint: its bytes on the wire and in memory, for `plan` and `explain`; None: not declared, and so not shown.
     """
 
     activation_format: ActivationFormat
@@ -314,6 +378,7 @@ class DispatchCapabilities:
     hidden_sizes: frozenset[int] | None = None
     min_compute_capability: tuple[int, int] | None = None
     refuse: Refuse | None = None
+    footprint: Footprint | None = None
 
 
 @attrs.frozen(kw_only=True)

@@ -8,12 +8,17 @@ import click
 
 import moe_core
 from moe_core.cli.bench import bench
+from moe_core.cli.conformance import conformance
+from moe_core.cli.convert import convert
 from moe_core.cli.demo import demo
 from moe_core.cli.doctor import doctor
 from moe_core.cli.explain import explain
 from moe_core.cli.new_plugin import new_plugin
+from moe_core.cli.plan import plan
 from moe_core.cli.plugins import plugins
 from moe_core.cli.run import run
+from moe_core.cli.shadow import shadow
+from moe_core.cli.tune import tune
 from moe_core.errors import MoEError
 
 
@@ -36,5 +41,5 @@ def app(traceback: bool) -> None:
     """Run Mixture-of-Experts models through plugins, and see which plugin runs and why."""
 
 
-for command in (plugins, doctor, explain, run, demo, bench, new_plugin):
+for command in (plugins, doctor, explain, plan, shadow, run, demo, bench, new_plugin, conformance, convert, tune):
     app.add_command(command)

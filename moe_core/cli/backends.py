@@ -36,7 +36,8 @@ def _usable(item: str) -> Usable:
         return Usable(item, True)
     candidate: Any = getattr(registry(), kind)[name]
     here, takes = device_types(), candidate.capabilities.device_types
-    if not takes & here:
-        return Usable(item, False, f"runs on {', '.join(sorted(takes))}; here: {', '.join(sorted(here))}")
     availability = probed(candidate).availability
-    return Usable(item, availability.ok, availability.reason)
+    reasons = [] if availability.ok else [availability.reason]
+    if not takes & here:
+        reasons.insert(0, f"runs on {', '.join(sorted(takes))}; here: {', '.join(sorted(here))}")
+    return Usable(item, not reasons, "; ".join(reasons))

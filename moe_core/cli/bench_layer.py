@@ -25,14 +25,13 @@ from moe_core.config import ActivationSpec, MoEConfig
 from moe_core.errors import UnsupportedError
 from moe_core.kernel import MoEKernel
 from moe_core.reference import moe_reference
+from moe_core.tuner import TOLERANCE
 from moe_core.types import ExpertWeights, GateUpLayout, Routing
 
 INPUT_SETS = 8
 """Inputs rotate, so that no activation is in a cache by accident."""
 CHECKED_TOKENS = 64
 """Tokens of each set that are compared with the reference, which is slow."""
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""Relative Frobenius error against the reference in fp32."""
 BASELINES = ("eager", "grouped_mm", "batched_mm")
 MAX_COPIED_BYTES = 8 * 2**30
 """batched_mm gathers every choice's weights; above this it is left out."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import attrs
 import torch
+import torch.distributed as dist
 
 import moe_core
 from moe_core.cli.backends import usable
@@ -26,14 +27,23 @@ _OPTIONAL = {
 }
 _IMPORT_PLUGIN = """
 import importlib, importlib.util, sys
-module = sys.argv[1]
-importlib.import_module(module)
-vendor = module.partition(".")[0] + "._vendor_api"
-if importlib.util.find_spec(vendor) is not None:
+name = sys.argv[1]
+module = importlib.import_module(name)
+available = []
+def register(name, factory, capabilities, probe=None, priority=0):
+    try:
+        available.append(probe is None or probe().ok)
+    except Exception:
+        available.append(False)
+for kind in ("prepare_finalize", "experts"):
+    getattr(module, "moe_core_register_" + kind, lambda register: None)(register)
+vendor = name.partition(".")[0] + "._vendor_api"
+if importlib.util.find_spec(vendor) is not None and (any(available) or not available):
     importlib.import_module(vendor)
     print("vendor")
 """
-"""A plugin imports its vendor library in the file `_vendor_api.py` of its package and nowhere else."""
+"""A plugin imports its vendor library in the file `_vendor_api.py` of its package and nowhere else. Where all of its
+backends say that they can't run here, the library is not asked to load: the listing has their reasons."""
 
 
 class Rank(enum.Enum):
@@ -59,7 +69,7 @@ class Check:
 def run_checks() -> list[Check]:
     """Every check, in the order in which they are read: interpreter, libraries, devices, plugins, a layer that runs."""
     checks: list[Check] = []
-    for group in (_versions, _triton, _devices, _imports, _plugins, _layer):
+    for group in (_versions, _triton, _devices, _links, _imports, _plugins, _layer):
         checks += _guarded(group)
     return checks
 
@@ -117,6 +127,33 @@ def _devices() -> Iterator[Check]:
         yield Check("cuda", Rank.WARN, "this torch is built for GPUs and sees none", hint)
     else:
         yield Check("cuda", Rank.OK, "no GPU build of torch: everything runs on the CPU")
+
+
+def _links() -> Iterator[Check]:
+    """What carries tensors between ranks: torch's own libraries, and memory of one device that another can reach."""
+    if not dist.is_available():
+        yield Check("torch.distributed", Rank.WARN, "not in this build of torch", "layers run on one rank only")
+        return
+    yield Check("gloo", *_answer(dist.is_gloo_available(), "between CPUs", "not in this build of torch"))
+    devices = torch.cuda.device_count()
+    if not devices:
+        return
+    nccl = dist.is_nccl_available()
+    version = ".".join(map(str, torch.cuda.nccl.version())) if nccl else ""
+    hint = "" if nccl else "install a build of torch with it: dispatch between GPUs by torch.distributed needs it"
+    yield Check("nccl", *_answer(nccl, f"{version}, between GPUs", "not in this build of torch"), hint)
+    pairs = [(i, j) for i in range(devices) for j in range(devices) if i != j]
+    if not pairs:
+        yield Check("peer access", Rank.OK, "one GPU is visible, so nothing to reach")
+        return
+    apart = [f"cuda:{i} to cuda:{j}" for i, j in pairs if not torch.cuda.can_device_access_peer(i, j)]
+    hint = "dispatch over NVLink or Infinity Fabric needs it; see nvidia-smi topo -p2p r, or rocm-smi --showtopo"
+    found = f"all {devices} GPUs reach each other's memory"
+    yield Check("peer access", *_answer(not apart, found, f"none from {', '.join(apart)}"), hint if apart else "")
+
+
+def _answer(good: bool, found: str, missing: str) -> tuple[Rank, str]:
+    return (Rank.OK, found) if good else (Rank.WARN, missing)
 
 
 def _imports() -> Iterator[Check]:

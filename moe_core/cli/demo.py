@@ -18,12 +18,14 @@ import torch
 
 from moe_core.build import plugins as list_plugins
 from moe_core.cli import output
-from moe_core.cli.demo_models import MODELS, DemoModel, write
+from moe_core.cli.convert import form_of
+from moe_core.cli.demo_models import MODELS, DemoModel, write, write_packed
 from moe_core.cli.generation import Comparison, compare, experts_effect
 from moe_core.cli.measure import PeakMemory, one_thread
 from moe_core.cli.models import LoadOptions, load_model, need_transformers
 from moe_core.cli.options import json_option
 from moe_core.cli.plan_text import backends, explain_plans
+from moe_core.errors import UnsupportedError
 from moe_core.plugins import registry
 
 _PROMPT = tuple(range(3, 19))
@@ -62,7 +64,9 @@ def demo(ctx: click.Context, keep: Path | None, as_json: bool) -> None:
     """Write small checkpoints of real architectures and run each through plugins, beside transformers' own experts.
 
     Mixtral (sharded), Qwen3-MoE, DeepSeek-V3 and gpt-oss, with random weights, in fp32. Each goes the way of moe-core
-    run. If the plugin moe-batched is installed, Mixtral runs behind it too. The exit code is 1 if any token differs.
+    run. If the plugin moe-batched is installed, Mixtral runs behind it too; with moe-quant-fp8 and moe-quant-nvfp4 one
+    is converted to each of their formats, and runs packed beside transformers on the same values. The exit code is 1 if
+    any token differs.
     """
     need_transformers()
     start = time.perf_counter()
@@ -71,8 +75,11 @@ def demo(ctx: click.Context, keep: Path | None, as_json: bool) -> None:
         _announce()
         for model in MODELS:
             output.note(f"\n{model.name}: {model.shows}")
-            target = folder / model.name.lower()
+            target = folder / model.name.lower().replace(", ", "-")
             output.note(f"writing {target} …")
+            if model.packed:
+                rows += _packed_row(model, target)
+                continue
             with output.progress_bars_of_transformers():
                 write(model, target)
             rows.append(_row(model, target))
@@ -122,10 +129,30 @@ def _announce() -> None:
         output.note(f"plugin {record.name} ({record.label}): {record.status}: {what}")
 
 
-def _row(model: DemoModel, folder: Path, dispatch: str | None = None) -> Row:
+def _packed_row(model: DemoModel, folder: Path) -> list[Row]:
+    """A packed checkpoint beside transformers on the same values; no row without the plugin that reads it."""
+    try:
+        form = form_of(model.packed)
+    except UnsupportedError as error:
+        output.note(f"left out: {error}")
+        return []
+    with tempfile.TemporaryDirectory(prefix="moe-core-demo-") as work, output.progress_bars_of_transformers():
+        plain, values = Path(work) / "plain", Path(work) / "values"
+        write(model, plain)
+        write_packed(plain, folder, values, form)
+        return [_row(model, folder, values=values)]
+
+
+def _row(model: DemoModel, folder: Path, dispatch: str | None = None, values: Path | None = None) -> Row:
+    """Run one checkpoint on both sides; `values` is what a packed one stands for, for transformers' side."""
     device = torch.device("cpu")  # the numbers are to be the same on every machine
     memory = PeakMemory(device)
-    loaded = load_model(folder, LoadOptions(dispatch=dispatch, dtype=torch.float32, device=device))
+    options = LoadOptions(dispatch=dispatch, scheme=model.scheme, dtype=torch.float32, device=device)
+    loaded = load_model(folder, options)
+    if values is not None:
+        from transformers import AutoModelForCausalLM  # noqa: PLC0415 - an extra
+
+        loaded.beside = AutoModelForCausalLM.from_pretrained(values, dtype=torch.float32).eval()
     output.note(explain_plans(loaded.plans))
     with output.progress("generating", total=2 * (1 + _ROUNDS) * _NEW_TOKENS) as on_token:
         generation, comparison = compare(loaded, _PROMPT, _NEW_TOKENS, _ROUNDS, on_token)

@@ -5,12 +5,17 @@ Shape letters: E experts · H hidden · I intermediate.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
+
+from moe_core import formats
+from moe_core.checkpoint import Checkpoint, Conversion, Form
+from moe_core.checkpoint.reader import CONFIG_FILE, WEIGHTS_FILE
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 512,
@@ -36,6 +41,8 @@ class DemoModel:
         shows: what is special about it.
         settings: over the common ones.
         max_shard_size: as in `save_pretrained`.
+        packed: the format that its experts are converted to, as `moe-core convert --to` has it; "": none.
+        scheme: what its packed experts run in.
     """
 
     name: str
@@ -43,29 +50,23 @@ class DemoModel:
     shows: str
     settings: dict[str, Any]
     max_shard_size: str = "5GB"
+    packed: str = ""
+    scheme: str | None = None
 
+
+_MIXTRAL = {"intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2}
+_QWEN3 = {
+    "head_dim": 32,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 128,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+}
 
 MODELS = (
-    DemoModel(
-        "Mixtral",
-        "MixtralConfig",
-        "softmax top-2, w1/w3/w2, sharded",
-        {"intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2},
-        max_shard_size="8MB",
-    ),
-    DemoModel(
-        "Qwen3-MoE",
-        "Qwen3MoeConfig",
-        "softmax top-4 of 16",
-        {
-            "head_dim": 32,
-            "intermediate_size": 512,
-            "moe_intermediate_size": 128,
-            "num_experts": 16,
-            "num_experts_per_tok": 4,
-            "norm_topk_prob": True,
-        },
-    ),
+    DemoModel("Mixtral", "MixtralConfig", "softmax top-2, w1/w3/w2, sharded", _MIXTRAL, max_shard_size="8MB"),
+    DemoModel("Qwen3-MoE", "Qwen3MoeConfig", "softmax top-4 of 16", _QWEN3),
     DemoModel(
         "DeepSeek-V3",
         "DeepseekV3Config",
@@ -96,7 +97,14 @@ MODELS = (
             "max_position_embeddings": 131072,  # what its default rope settings go with
         },
     ),
-)
+    DemoModel(
+        "Mixtral, fp8", "MixtralConfig", "experts packed in DeepSeek's fp8 blocks", _MIXTRAL,
+        packed="fp8-block", scheme="fp8_weight_only",
+    ),
+    DemoModel(
+        "Qwen3-MoE, nvfp4", "Qwen3MoeConfig", "experts packed in 4 bits", _QWEN3, packed="nvfp4", scheme="nvfp4"
+    ),
+)  # fmt: skip
 
 
 def write(model: DemoModel, folder: Path, settings: dict[str, Any] | None = None) -> None:
@@ -117,6 +125,36 @@ def write(model: DemoModel, folder: Path, settings: dict[str, Any] | None = None
     made = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     scale_weights(made)
     made.save_pretrained(folder, max_shard_size=model.max_shard_size)
+
+
+def write_packed(source: Path, folder: Path, values: Path, form: Form) -> None:
+    """Convert a checkpoint, and write beside it what its bytes stand for, which transformers can run.
+
+    Args:
+        source: floating point, as `write` makes it.
+        folder: where the packed one goes.
+        values: where the same values go, in fp32.
+        form: the format.
+    """
+    from safetensors.torch import save_file  # noqa: PLC0415 - an extra
+
+    with Checkpoint.open(source) as plain:
+        Conversion(plain, form).write(folder)
+        with Checkpoint.open(folder) as packed:
+            tensors = {name: _value(packed, name, form) for name in plain.names}
+    values.mkdir()
+    save_file(tensors, values / WEIGHTS_FILE, metadata={"format": "pt"})
+    shutil.copyfile(source / CONFIG_FILE, values / CONFIG_FILE)
+
+
+def _value(packed: Checkpoint, name: str, form: Form) -> torch.Tensor:
+    """A tensor of the source as the packed checkpoint holds it."""
+    held = {kind: packed.tensor(form.name(name, kind)) for kind in form.suffixes if form.name(name, kind) in packed}
+    if "_scale" not in held:
+        return packed.tensor(name)
+    inverse = held.get("_inverse_global_scale")
+    top = None if inverse is None else 1 / inverse.to(torch.float64).reshape(())
+    return formats.dequantize(held[""], held["_scale"], form.spec, top)
 
 
 def scale_weights(model: Any, seed: int = 0) -> None:

@@ -12,12 +12,10 @@ from typing import Any
 
 import attrs
 
-from moe_core.checkpoint import Checkpoint
-from moe_core.checkpoint.reader import read_json
+from moe_core.checkpoint import Checkpoint, quantization_config
 from moe_core.errors import MoEError, UnsupportedError
 from moe_core.plugins import registry
 
-_MODELOPT_FILE = "hf_quant_config.json"
 _FP8_BLOCK_SCALE = ".weight_scale_inv"
 
 _REFUSED = {
@@ -47,40 +45,37 @@ class Reading:
     scheme: str = ""
 
 
-def quantization_config(source: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The quantization config of a model: in config.json, there under its text_config, or in ModelOpt's own file.
-
-    Args:
-        source: the checkpoint folder, or a config file alone.
-        config: the contents of config.json.
-    """
-    found = config.get("quantization_config") or config.get("compression_config")
-    if not found and isinstance(config.get("text_config"), Mapping):
-        found = config["text_config"].get("quantization_config")
-    if not found and (file := source / _MODELOPT_FILE).is_file():
-        found = {"quant_method": "modelopt", **read_json(file).get("quantization", {})}
-    return dict(found) if found else None
-
-
-def decide(source: Path, values: Mapping[str, Any], checkpoint: Checkpoint | None = None) -> Reading:
+def decide(
+    source: Path, values: Mapping[str, Any], checkpoint: Checkpoint | None = None, scheme: str | None = None
+) -> Reading:
     """How to read a checkpoint.
 
     Args:
         source: the checkpoint folder, or a config file alone.
         values: the contents of config.json.
         checkpoint: its tensors, where shapes are to be checked too.
+        scheme: what packed experts are to run in; None: the first scheme that claims the format.
 
     Raises:
         UnsupportedError: nothing that is installed reads its format; the text names the format, the reason and the
             package that would.
     """
     config = quantization_config(source, values)
+    if config is None and scheme is not None:
+        raise UnsupportedError(
+            f"{source}: scheme {scheme!r} is for packed weights, and these are floating point; pack them with "
+            "moe-core convert"
+        )
     if config is None:
         return Reading()
     method, form = _method(config), _form(config)
-    claimed, declined = _ask_plugins(config)
+    claimed, declined = _ask_plugins(config, scheme)
     if claimed is not None:
         return claimed
+    if scheme is not None:
+        raise UnsupportedError(
+            "; ".join([f"{source}: weights in format {method} do not run in scheme {scheme!r}", *declined])
+        )
     if method == "mxfp4":
         return Reading(
             "format mxfp4: no installed plugin reads it packed, so transformers dequantizes it; the experts then take "
@@ -149,10 +144,12 @@ def _check_blocks(checkpoint: Checkpoint, block: tuple[int, int]) -> None:
             )
 
 
-def _ask_plugins(config: Mapping[str, Any]) -> tuple[Reading | None, list[str]]:
-    """The first scheme that claims the format, or every plugin's reason against it."""
-    declined = []
-    for entry in registry().quant_methods.values():
+def _ask_plugins(config: Mapping[str, Any], scheme: str | None) -> tuple[Reading | None, list[str]]:
+    """The first scheme (or the one that is asked for) that claims the format, or every plugin's reason against it."""
+    entries, declined = registry().quant_methods, []
+    if scheme is not None:
+        entries = {scheme: registry().find("quant_methods", scheme)}
+    for entry in entries.values():
         if entry.from_checkpoint_config is None:
             continue
         answer = entry.from_checkpoint_config(config)

@@ -1,6 +1,7 @@
 """Greedy generation through our experts and through transformers' own, and the comparison of the two.
 
-What `run` and `demo` share. Both sides are the very same model object, with its experts implementation switched.
+What `run` and `demo` share. Both sides are the very same model object, with its experts implementation switched; only
+where experts are packed does a second model, of the same values, stand for transformers' side.
 
 Shape letters: N new tokens · V vocabulary.
 """
@@ -77,7 +78,11 @@ def _nothing() -> None:
 
 @torch.no_grad()
 def generate(
-    loaded: LoadedModel, prompt_ids: Sequence[int], max_new_tokens: int, on_token: OnToken = _nothing
+    loaded: LoadedModel,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    on_token: OnToken = _nothing,
+    model: Any = None,
 ) -> Generation:
     """Generate greedily, with whichever experts are switched on.
 
@@ -86,10 +91,11 @@ def generate(
         prompt_ids: at least one id.
         max_new_tokens: at most so many; an end-of-text token ends it before.
         on_token: called at each new token.
+        model: that runs; None: the loaded one.
     """
     ids = torch.tensor([list(prompt_ids)], device=loaded.device)
     clock = _Clock(loaded.device, on_token)
-    result = loaded.model.generate(
+    result = (model or loaded.model).generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         generation_config=_greedy(loaded.model, max_new_tokens),
@@ -154,9 +160,11 @@ def compare(
     theirs: list[Generation] = []
     try:
         for _ in range(1 + rounds):
-            for switch, generations in ((use_theirs, theirs), (use_ours, ours)):
-                switch(loaded)
-                generations.append(generate(loaded, prompt_ids, max_new_tokens, on_token))
+            if loaded.beside is None:
+                use_theirs(loaded)
+            theirs.append(generate(loaded, prompt_ids, max_new_tokens, on_token, loaded.beside))
+            use_ours(loaded)
+            ours.append(generate(loaded, prompt_ids, max_new_tokens, on_token))
     finally:
         use_ours(loaded)
     mine, other = ours[-1], theirs[-1]
@@ -164,13 +172,21 @@ def compare(
     first = next((index for index, (a, b) in enumerate(pairs) if a != b), None)
     comparable = len(pairs) if first is None else first + 1  # the first different token was chosen after equal input
     return mine, Comparison(
-        theirs=", ".join(sorted({str(name) for name in loaded.theirs.values()})),
+        theirs=", ".join(sorted({str(name) for name in _implementations(loaded).values()})),
         tokens_equal=mine.tokens == other.tokens,
         first_difference=first,
         logit_difference=float((mine.logits[:comparable] - other.logits[:comparable]).abs().max()),
         our_ms=statistics.median(generation.ms_per_token for generation in ours[1:]),
         their_ms=statistics.median(generation.ms_per_token for generation in theirs[1:]),
     )
+
+
+def _implementations(loaded: LoadedModel) -> dict[str, str | None]:
+    """What runs on transformers' side."""
+    if loaded.beside is None:
+        return loaded.theirs
+    found: dict[str, str | None] = loaded.beside.get_experts_implementation()
+    return found
 
 
 @torch.no_grad()

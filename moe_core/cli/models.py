@@ -29,6 +29,7 @@ class LoadOptions:
 
     dispatch: str | None = None
     experts: str | None = None
+    scheme: str | None = None
     dtype: torch.dtype | None = None
     device: torch.device = attrs.field(factory=lambda: torch.device("cpu"))
     trust_remote_code: bool = False
@@ -47,6 +48,7 @@ class LoadedModel:
         theirs, ours: what `set_experts_implementation` takes to switch to transformers' own experts, and back to ours.
             `theirs` is empty where transformers has none for these weights.
         notes: what the user was told while it was loaded.
+        beside: where `theirs` is empty, a model of the same values whose experts transformers can run; None: no such.
     """
 
     folder: Path
@@ -56,6 +58,7 @@ class LoadedModel:
     theirs: dict[str, str | None]
     ours: dict[str, str | None]
     notes: list[str]
+    beside: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -107,13 +110,20 @@ def load_config(source: Path, trust_remote_code: bool = False) -> Any:
     return AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=True)
 
 
-def prepare_config(source: Path, config: Any, checkpoint: Checkpoint | None = None) -> formats.Reading:
+def prepare_config(
+    source: Path, config: Any, checkpoint: Checkpoint | None = None, scheme: str | None = None
+) -> formats.Reading:
     """Decide how the weights are read, and tell the config, which the bridge asks, if they will be dequantized.
+
+    Args:
+        source, checkpoint: as for `formats.decide`.
+        config: transformers' own.
+        scheme: what packed experts are to run in; None: the first scheme that reads the format.
 
     Raises:
         UnsupportedError: nothing that is installed reads them.
     """
-    reading = formats.decide(source, config.to_dict() if checkpoint is None else checkpoint.config, checkpoint)
+    reading = formats.decide(source, config.to_dict() if checkpoint is None else checkpoint.config, checkpoint, scheme)
     if reading.dequantize:
         config.quantization_config = {"quant_method": reading.dequantize, "dequantize": True}
     return reading
@@ -144,7 +154,7 @@ def load_model(folder: Path, options: LoadOptions) -> LoadedModel:
     if "auto_map" in checkpoint.config and not options.trust_remote_code:
         own = config.model_type
         notes.append(f"the checkpoint brings code (auto_map); it is not run, transformers' own {own} is")
-    reading = prepare_config(folder, config, checkpoint)
+    reading = prepare_config(folder, config, checkpoint, options.scheme)
     if not reading.scheme:  # a plugin's format may well store one expert in another way than the next
         check_experts(checkpoint)
     notes += [reading.note] if reading.note else []
@@ -178,8 +188,10 @@ def _load_packed(folder: Path, config: Any, options: LoadOptions, notes: list[st
     with output.progress_bars_of_transformers(), _LoadReport():
         model, info = packed.from_pretrained(
             folder,
+            scheme=options.scheme,
             dispatch=options.dispatch,
             experts=options.experts,
+            debug=options.debug,
             auto_class=_model_class(config),
             dtype=options.dtype or "auto",
             **arguments,

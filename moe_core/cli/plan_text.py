@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
 
+from moe_core.cli.plan_details import TOKENS, plan_details
 from moe_core.select import Plan
 
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)|(?<=^layers\.)\d+(?=\.)")
@@ -37,8 +38,10 @@ class PlanGroup:
         word = "layer" if len(self.layers) == 1 else "layers"
         return f"{word} {ranges(self.layers)} ({self.pattern})"
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"layers": list(self.layers), "modules": list(self.modules), "plan": self.plan.to_dict()}
+    def to_dict(self, tokens: Sequence[int] = TOKENS) -> dict[str, Any]:
+        """For JSON; with the workspaces at each T of `tokens`."""
+        plan = {**self.plan.to_dict(), **plan_details(self.plan, tokens).to_dict()}
+        return {"layers": list(self.layers), "modules": list(self.modules), "plan": plan}
 
 
 def group_plans(plans: Mapping[str, Plan]) -> list[PlanGroup]:
@@ -58,16 +61,22 @@ def group_plans(plans: Mapping[str, Plan]) -> list[PlanGroup]:
     ]
 
 
-def explain_plans(plans: Mapping[str, Plan]) -> str:
-    """What runs in each layer, and why."""
+def layer_facts(plan: Plan) -> str:
+    """The layer that a plan is for, in one line."""
+    of = plan.to_dict()["layer"]
+    return (
+        f"{of['num_experts']} experts, top {of['top_k']}, H = {of['hidden_size']}, I = {of['intermediate_size']}, "
+        f"{of['dtype']}, activation {of['activation']}, scheme {of['scheme']}, on {of['device']}"
+    )
+
+
+def explain_plans(plans: Mapping[str, Plan], tokens: Sequence[int] = TOKENS) -> str:
+    """What runs in each layer, and why; which kernels, and the memory that they ask for at each T of `tokens`."""
     lines: list[str] = []
     for group in group_plans(plans):
-        of = group.plan.to_dict()["layer"]
-        layer = (
-            f"{of['num_experts']} experts, top {of['top_k']}, H = {of['hidden_size']}, I = {of['intermediate_size']}, "
-            f"{of['dtype']}, activation {of['activation']}, scheme {of['scheme']}, on {of['device']}"
-        )
-        lines += [group.title, *(f"  {line}" for line in (layer, *group.plan.explain().splitlines()))]
+        details = plan_details(group.plan, tokens).lines()
+        told = (layer_facts(group.plan), *group.plan.explain().splitlines(), *details)
+        lines += [group.title, *(f"  {line}" for line in told)]
     return "\n".join(lines)
 
 

@@ -31,6 +31,7 @@ COMPARED_ROUNDS = 3
 @click.option("--compare", "comparing", is_flag=True, help="Run transformers' own experts beside ours.")
 @dispatch_option
 @experts_option
+@click.option("--scheme", metavar="NAME", help="Run packed experts in this scheme. Default: what the format says.")
 @click.option("--dtype", type=click.Choice(sorted(DTYPES)), help="Default: the checkpoint's own.")
 @click.option("--device", metavar="DEVICE", help="cpu or cuda. Default: cuda where there is one.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint folder brings.")
@@ -44,6 +45,7 @@ def run(
     comparing: bool,
     dispatch: str | None,
     experts: str | None,
+    scheme: str | None,
     dtype: str | None,
     device: str | None,
     trust_remote_code: bool,
@@ -60,6 +62,7 @@ def run(
     options = LoadOptions(
         dispatch=dispatch,
         experts=experts,
+        scheme=scheme,
         dtype=DTYPES[dtype] if dtype else None,
         device=target,
         trust_remote_code=trust_remote_code,
@@ -71,7 +74,7 @@ def run(
             "--compare: the experts stay packed, and transformers has none of its own for such weights; "
             "run without --compare"
         )
-    ids = _prompt(loaded, prompt, prompt_ids)
+    ids = read_prompt(loaded, prompt, prompt_ids)
     if not as_json:
         output.emit(explain_plans(loaded.plans))
     total = max_new_tokens * (2 * (1 + COMPARED_ROUNDS) if comparing else 1)
@@ -89,7 +92,7 @@ def run(
         output.emit(_text(result, memory))
 
 
-def _prompt(loaded: LoadedModel, text: str | None, ids: str | None) -> list[int]:
+def read_prompt(loaded: LoadedModel, text: str | None, ids: str | None) -> list[int]:
     """The prompt's token ids.
 
     Raises:

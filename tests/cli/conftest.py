@@ -34,7 +34,8 @@ INNER = {
 
 
 def small(model: DemoModel) -> DemoModel:
-    settings = model.settings | SMALL | HEADS.get(model.name, OTHERS) | INNER[model.name]
+    family = model.name.partition(",")[0]
+    settings = model.settings | SMALL | HEADS.get(family, OTHERS) | INNER[family]
     return attrs.evolve(model, settings=settings, max_shard_size="100KB" if model.name == "Mixtral" else "1GB")
 
 

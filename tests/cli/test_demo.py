@@ -26,7 +26,8 @@ def test_every_row_has_the_same_tokens_by_experts_that_matter(invoke, tmp_path):
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     batched = ["Mixtral"] if "batched" in registry().dispatch else []
-    assert [row["model"] for row in found["rows"]] == ["Mixtral", *batched, "Qwen3-MoE", "DeepSeek-V3", "gpt-oss"]
+    models = ["Mixtral", *batched, "Qwen3-MoE", "DeepSeek-V3", "gpt-oss", "Mixtral, fp8", "Qwen3-MoE, nvfp4"]
+    assert [row["model"] for row in found["rows"]] == models
     for row in found["rows"]:
         assert row["comparison"]["tokens_equal"]
         assert row["comparison"]["logit_difference"] < 1e-4
@@ -34,6 +35,19 @@ def test_every_row_has_the_same_tokens_by_experts_that_matter(invoke, tmp_path):
     assert found["rows"][0]["backends"] == "local + torch"
     assert len(list((tmp_path / "kept" / "mixtral").glob("model-*.safetensors"))) > 1, "one of them is to be sharded"
     assert "plugin builtin (moe-core" in result.stderr
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_packed_rows_stay_packed_and_are_left_out_without_their_plugin(invoke, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "MODELS", demo.MODELS[-1:])
+    found = json.loads(invoke("demo", "--json", "--keep", tmp_path / "kept").stdout)
+    assert [row["backends"] for row in found["rows"]] == ["local + nvfp4_torch"]
+    config = json.loads((tmp_path / "kept" / "qwen3-moe-nvfp4" / "config.json").read_text())
+    assert config["quantization_config"]["format"] == "nvfp4-pack-quantized"
+    monkeypatch.setattr(registry(), "quant_methods", {})
+    result = invoke("demo", "--json")
+    assert json.loads(result.stdout)["rows"] == []
+    assert "left out: unknown quantization scheme 'nvfp4'" in result.stderr
 
 
 @pytest.mark.usefixtures("small_demo")

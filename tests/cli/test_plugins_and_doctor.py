@@ -31,6 +31,8 @@ def moe_core_register_prepare_finalize(register):
     register("far", None, DispatchCapabilities(**CAPABILITIES, device_types=frozenset({"npu"})))
 """
 
+NOT_HERE = "\n".join(line for line in GPU_ONLY.splitlines() if '"far"' not in line)
+
 
 def test_plugins_lists_what_each_registers(invoke):
     result = invoke("plugins")
@@ -103,6 +105,34 @@ def test_doctor_imports_a_good_vendor_library(process, installed):
     found = {check["check"]: check for check in json.loads(done.stdout)["checks"]}
     assert done.returncode == 0
     assert found["import acme"]["found"] == "moe_acme.plugin imports with its vendor library"
+
+
+def test_doctor_does_not_load_a_vendor_library_that_no_backend_can_use(process, installed):
+    """What is missing is said once, in the listing: it is no defect of the plugin."""
+    site = installed("acme", NOT_HERE, _vendor_api=BROKEN)
+    found = {check["check"]: check for check in json.loads(process("doctor", "--json", path=site).stdout)["checks"]}
+    assert found["import acme"]["rank"] == "ok"
+    assert found["import acme"]["found"] == "moe_acme.plugin imports"
+    assert found["dispatch:quiet"]["rank"] == "warn"
+    assert found["dispatch:quiet"]["found"] == "not usable here: acme is not installed; pip install acme"
+
+
+@pytest.mark.parametrize(
+    ("reachable", "rank", "said"),
+    [
+        (True, Rank.OK, "all 3 GPUs reach each other"),
+        (False, Rank.WARN, "none from cuda:0 to cuda:2, cuda:2 to cuda:0"),
+    ],
+)
+def test_doctor_looks_at_what_links_devices(monkeypatch, reachable, rank, said):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 28, 9))
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda i, j: reachable or {i, j} != {0, 2})
+    found = {check.name: check for check in checks._links()}
+    assert found["nccl"].found == "2.28.9, between GPUs"
+    assert (found["peer access"].rank, bool(found["peer access"].hint)) == (rank, not reachable)
+    assert found["peer access"].found.startswith(said)
 
 
 def test_doctor_hints(monkeypatch):

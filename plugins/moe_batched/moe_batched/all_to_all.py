@@ -24,6 +24,7 @@ import torch
 from moe_batched.prepare_finalize import BatchedHandle, BatchedPrepareAndFinalize, weigh_and_sum
 from moe_core.config import MoEConfig, MoEParallelConfig, Problem
 from moe_core.errors import CapacityError, MoEError
+from moe_core.footprint import aligned
 from moe_core.interfaces import Group, PrepareAndFinalize
 from moe_core.quant import UNQUANTIZED, QuantScheme
 from moe_core.types import Dispatched, ExpertPlacement, Routing
@@ -106,7 +107,7 @@ class AllToAllPrepareAndFinalize(PrepareAndFinalize):
         self.max_tokens = max_tokens
         self.exact = exact
         self.local = BatchedPrepareAndFinalize(num_local_experts, max_tokens=max_tokens * group.size, scheme=scheme)
-        self._most_owed = max_tokens * min(top_k, -(-num_experts // group.size))
+        self._most_owed = most_owed(num_experts, top_k, max_tokens, group.size)
 
     def prepare(
         self,
@@ -211,8 +212,8 @@ class AllToAllPrepareAndFinalize(PrepareAndFinalize):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The first all-to-all: rows `[R, H]` and their K global ids, int32 `[R, K]`; -1 on rows that are padding."""
         tokens, hidden = hidden_states.shape
-        ids_at = _aligned(hidden * hidden_states.dtype.itemsize)
-        width = ids_at + _aligned(4 * ids.shape[1])
+        ids_at = aligned(hidden * hidden_states.dtype.itemsize, _ALIGNMENT)
+        width = wire_row_bytes(hidden, ids.shape[1], hidden_states.dtype)
 
         def views(buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             x = buffer[:, : hidden * hidden_states.dtype.itemsize].view(hidden_states.dtype)
@@ -302,5 +303,11 @@ def make(
     )
 
 
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+def wire_row_bytes(hidden: int, top_k: int, dtype: torch.dtype) -> int:
+    """A row on its way to its experts: H values in the model dtype, then K ids int32."""
+    return aligned(hidden * dtype.itemsize, _ALIGNMENT) + aligned(4 * top_k, _ALIGNMENT)
+
+
+def most_owed(num_experts: int, top_k: int, max_tokens: int, ranks: int) -> int:
+    """D: a token makes at most one row for each of a rank's experts, and at most K."""
+    return max_tokens * min(top_k, -(-num_experts // ranks))

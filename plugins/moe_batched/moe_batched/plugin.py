@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from moe_core import types
@@ -14,12 +15,12 @@ moe_core_api = (1, 0)
 
 def _refuse(problem: Problem) -> str | None:
     parallel = problem.parallel
-    if parallel.ep_size > 1 and not parallel.tokens_are_replicated and problem.config.max_tokens_per_rank is None:
-        return (
-            f"max_tokens_per_rank = None: with tokens of each rank's own (dp_size = {parallel.dp_size}, sp_size = "
-            f"{parallel.sp_size}) the row capacity is max_tokens_per_rank · {parallel.ep_size}; set it in MoEConfig"
-        )
-    return None
+    if parallel.ep_size == 1 or parallel.tokens_are_replicated or problem.config.max_tokens_per_rank is not None:
+        return None
+    return (
+        f"max_tokens_per_rank = None: with tokens of each rank's own (dp_size = {parallel.dp_size}, sp_size = "
+        f"{parallel.sp_size}) the row capacity is max_tokens_per_rank · {parallel.ep_size}; set it in MoEConfig"
+    )
 
 
 BATCHED = types.DispatchCapabilities(
@@ -40,6 +41,7 @@ BATCHED = types.DispatchCapabilities(
     graph_capturable=True,
     deterministic=True,
     refuse=_refuse,
+    footprint=lambda *asked: import_module("moe_batched.footprint").footprint(*asked),
 )
 
 

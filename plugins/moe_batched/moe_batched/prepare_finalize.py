@@ -158,7 +158,7 @@ class BatchedPrepareAndFinalize(PrepareAndFinalize):
         chosen = torch.zeros(tokens, self.num_local_experts + 1, dtype=torch.bool, device=ids.device)
         chosen.scatter_(1, torch.where(ids < 0, self.num_local_experts, ids), True)
         rank = chosen[:, :-1].cumsum(dim=0, dtype=torch.int32)  # tokens up to and with this one that chose the expert
-        return rank.gather(1, ids.clamp(min=0)).long() - 1, rank[-1].contiguous()
+        return rank.gather(1, ids.clamp(min=0)).long() - 1, rank[-1].clone()  # not a view: it would keep all of `rank`
 
     def _quantize(self, hidden_states: torch.Tensor, payload: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The rows that travel, and their scales: `[T, H]` as they are, or in the scheme's formats."""

@@ -1,0 +1,107 @@
+"""`moe-core conformance`: hold an installed backend to the contract, case by case."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import rich.table
+
+from moe_core.cli import output
+from moe_core.cli.options import real_device
+from moe_core.testing.case import Outcome, Report, Result, run_cases
+from moe_core.testing.conformance import suites
+
+_SHOWN = 40
+"""Failures that are printed; the JSON file has all."""
+
+
+@click.command(short_help="Hold an installed backend to the contract, and print a report.")
+@click.argument("name", metavar="NAME")
+@click.option(
+    "--ranks",
+    type=click.IntRange(1, 4),
+    default=4,
+    show_default=True,
+    help="The largest number of virtual ranks (threads of this process) to try.",
+)
+@click.option("--device", metavar="DEVICE", help="cpu or cuda; default: cpu, where the backend runs on it.")
+@click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Write every case there.")
+@click.option("--params", metavar="JSON", default="{}", help='Parameters of a router, such as {"num_groups": 2}.')
+@click.option("--markdown", is_flag=True, help="Print the table for a README.")
+def conformance(name: str, ranks: int, device: str | None, json_file: Path | None, params: str, markdown: bool) -> None:
+    """Run every conformance case of NAME: a dispatch or experts backend, a scheme, a router or a runner.
+
+    NAME is as in `moe-core plugins`, with its kind before it where two things have one name: experts:torch. What is
+    asked follows from what the backend declares: what it claims is computed and compared with a float64 reference, what
+    it does not claim it must refuse with a reason.
+
+    Exit code 0: it conforms. 1: it fails. 3: nothing that computes could run on this machine.
+    """
+    where = None if device is None else str(real_device(device))
+    reports = []
+    for suite in suites(name, device=where, ranks=ranks, params=_object(params)):
+        with output.progress(f"{suite.subject}: {len(suite.cases)} cases", total=len(suite.cases)) as step:
+            report = run_cases(suite.cases, suite.subject, suite.device, each=_after_each(step))
+        _print(report, markdown)
+        reports.append(report)
+    if json_file is not None:
+        json_file.write_text(json.dumps([report.to_dict() for report in reports], indent=2) + "\n")
+    verdicts = {report.verdict for report in reports}
+    if verdicts != {"conforms"}:
+        raise SystemExit(1 if "fails" in verdicts else 3)
+
+
+def _after_each(step: Callable[[], None]) -> Callable[[Result], None]:
+    return lambda result: step()
+
+
+def _object(params: str) -> dict[str, Any]:
+    try:
+        value = json.loads(params)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--params {params!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f'--params {params!r}: expected an object, such as {{"num_groups": 2}}')
+    return value
+
+
+def _print(report: Report, markdown: bool) -> None:
+    if markdown:
+        output.emit(report.markdown())
+    else:
+        output.emit_table(_table(report))
+    for result in report.failures[:_SHOWN]:
+        output.emit(_line(result))
+    if len(report.failures) > _SHOWN:
+        output.emit(f"… and {len(report.failures) - _SHOWN} more; --json FILE has all")
+    skipped = dict.fromkeys(r.text for r in report.results if r.outcome is Outcome.SKIPPED)
+    for reason in skipped:
+        count = sum(r.outcome is Outcome.SKIPPED and r.text == reason for r in report.results)
+        output.emit(f"skipped {count}: {reason}")
+    passed = report.count(Outcome.PASSED)
+    says = {
+        "conforms": f"{report.subject} conforms: {passed} of {len(report.results)} cases passed",
+        "fails": f"{report.subject} fails {len(report.failures)} of {len(report.results)} cases",
+        "not exercised": f"{report.subject} was not exercised: nothing that computes could run on {report.device}",
+    }
+    if not markdown:
+        output.emit(f"{says[report.verdict]}, {report.count(Outcome.SKIPPED)} skipped, on {report.device}.")
+
+
+def _line(result: Result) -> str:
+    head = f"FAILED {result.case.name} ({result.case.tier.value}, {result.case.claim})"
+    return f"{head}\n       {result.duty}: {result.text}"
+
+
+def _table(report: Report) -> rich.table.Table:
+    table = rich.table.Table(title=report.subject, title_justify="left", box=None, pad_edge=False)
+    columns = ["duty", "tier", "passed", "failed", "known failures", "skipped"]
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("duty", "tier") else "right")
+    for row in report.rows():
+        table.add_row(*(str(row[column] or "·") for column in columns))
+    return table
