@@ -20,13 +20,20 @@ from typing import Any
 import attrs
 import torch
 
-from moe_core.errors import MoEError
+from moe_core.errors import CollectiveError, MoEError
+from moe_core.interfaces import Finish
 
-_STAGES = ("prepare", "prepare_start", "finalize", "finalize_start", "forward")
+_STAGES = {
+    "prepare": "prepare",
+    "prepare_start": "prepare",
+    "finalize": "finalize",
+    "finalize_start": "finalize",
+    "forward": "forward",
+}
 """Methods whose name says to a reader in which stage of a layer a collective stands."""
 
 
-class RankFault(MoEError):
+class RankFault(CollectiveError):
     """A collective could not be completed; the text names the ranks and the stage."""
 
 
@@ -157,8 +164,8 @@ class _World:
         for part in parts:
             part.fail(reason)
 
-    def meet(self, rank: int, number: int, name: str, stage: str, brought: Any) -> list[Any]:
-        """Bring something to collective `number`; what all ranks brought, in rank order."""
+    def bring(self, rank: int, number: int, name: str, stage: str, brought: Any) -> _Meeting:
+        """Enter collective `number` with something, without waiting for anybody."""
         self.faults.before(rank, number)
         with self._arrival:
             meeting = self._meetings.setdefault(number, _Meeting(name, rank))
@@ -172,6 +179,11 @@ class _World:
                 raise RankFault(reason)
             meeting.brought[rank] = brought
             self._arrival.notify_all()
+        return meeting
+
+    def collect(self, rank: int, number: int, stage: str, meeting: _Meeting) -> list[Any]:
+        """Wait for everybody at collective `number`; what all ranks brought, in rank order."""
+        with self._arrival:
             self._arrival.wait_for(lambda: len(meeting.brought) == self.size or bool(self._failure), self.timeout_s)
             if len(meeting.brought) < self.size:
                 raise RankFault(self._absent(rank, meeting, number, stage))
@@ -218,37 +230,84 @@ class VirtualGroup:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Summed in rank order, in the dtype of `tensor`."""
-        return _sum(self._meet(f"all_reduce of {_described(tensor)}", tensor.clone()))
+        return _sum(self._meet(f"all_reduce of {_described(tensor)}", tensor.clone())())
 
     def all_gather(self, tensor: torch.Tensor, sizes: list[int] | None = None) -> torch.Tensor:
+        return self.all_gather_start(tensor, sizes)()
+
+    def all_gather_start(self, tensor: torch.Tensor, sizes: list[int] | None = None) -> Finish:
         sizes = sizes or [tensor.shape[0]] * self.size
         self._check("all_gather", tensor.shape[0], sizes[self.rank], f"sizes = {sizes}")
-        return torch.cat(self._meet(f"all_gather of {_row(tensor)} with sizes {sizes}", tensor.clone()))
+        name = f"all_gather of {_row(tensor)} with sizes {sizes}"
+        return self._exchange(name, tensor, lambda copy: copy, torch.cat)
 
     def reduce_scatter(self, tensor: torch.Tensor, sizes: list[int] | None = None) -> torch.Tensor:
         """Summed in rank order, in the dtype of `tensor`."""
-        sizes = sizes or [tensor.shape[0] // self.size] * self.size
-        self._check("reduce_scatter", tensor.shape[0], sum(sizes), f"sizes = {sizes}")
-        parts = [
-            whole.split(sizes)[self.rank]
-            for whole in self._meet(f"reduce_scatter of {_described(tensor)}", tensor.clone())
-        ]
-        return _sum(parts)
+        return self.reduce_scatter_start(tensor, sizes)()
+
+    def reduce_scatter_start(self, tensor: torch.Tensor, sizes: list[int] | None = None) -> Finish:
+        """Summed in rank order, in the dtype of `tensor`."""
+        parts = sizes or [tensor.shape[0] // self.size] * self.size
+        self._check("reduce_scatter", tensor.shape[0], sum(parts), f"sizes = {parts}")
+        name = f"reduce_scatter of {_described(tensor)}"
+        return self._exchange(name, tensor, lambda copy: copy.split(parts), lambda mine: _sum(mine), apart=True)
 
     def all_to_all(self, tensor: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
+        return self.all_to_all_start(tensor, send, receive)()
+
+    def all_to_all_start(self, tensor: torch.Tensor, send: list[int], receive: list[int]) -> Finish:
         self._check("all_to_all", tensor.shape[0], sum(send), f"send = {send}")
-        sent = self._meet(f"all_to_all of {_row(tensor)}", tensor.clone().split(send))
-        parts = [from_rank[self.rank] for from_rank in sent]
-        for rank, (part, expected) in enumerate(zip(parts, receive, strict=True)):
-            self._check(f"all_to_all, from rank {rank}", part.shape[0], expected, f"receive = {receive}")
-        return torch.cat(parts)
+
+        def joined(parts: list[torch.Tensor]) -> torch.Tensor:
+            for rank, (part, expected) in enumerate(zip(parts, receive, strict=True)):
+                self._check(f"all_to_all, from rank {rank}", part.shape[0], expected, f"receive = {receive}")
+            return torch.cat(parts)
+
+        return self._exchange(
+            f"all_to_all of {_row(tensor)}", tensor, lambda copy: copy.split(send), joined, apart=True
+        )
 
     def barrier(self) -> None:
-        self._meet("barrier", None)
+        self._meet("barrier", None)()
 
-    def _meet(self, name: str, brought: Any) -> list[Any]:
+    def _exchange(
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        offer: Callable[[torch.Tensor], Any],
+        take: Callable[[list[torch.Tensor]], torch.Tensor],
+        *,
+        apart: bool = False,
+    ) -> Finish:
+        """A collective whose second half may come late: what is sent is what `tensor` holds now.
+
+        Args:
+            offer: what the others see of a copy of `tensor`.
+            take: what all ranks offered → this rank's result. `apart`: only each offer's part of this rank.
+
+        Raises:
+            MoEError: at the second half: `tensor` was written in between, and a device would have sent either values.
+        """
+        sent = tensor.clone()
+        collect = self._meet(name, offer(sent))
+
+        def finish() -> torch.Tensor:
+            nonlocal tensor, sent
+            offers = collect()
+            untouched = _same_bytes(tensor, sent)
+            del tensor, sent  # they may be freed from here on, as a real group's
+            if not untouched:
+                raise MoEError(f"rank {self.rank}: the tensor of {name} was written before the collective had ended")
+            return take([each[self.rank] for each in offers] if apart else offers)
+
+        return finish
+
+    def _meet(self, name: str, brought: Any) -> Callable[[], list[Any]]:
+        """Enter a collective; the result waits for the other ranks and returns what all brought."""
         number, self.calls = self.calls, self.calls + 1
-        return self._world.meet(self.rank, number, name, _stage(), brought)
+        stage = _stage()
+        meeting = self._world.bring(self.rank, number, name, stage, brought)
+        return lambda: self._world.collect(self.rank, number, stage, meeting)
 
     def _check(self, what: str, rows: int, expected: int, by: str) -> None:
         """A real collective would hang or write past a buffer."""
@@ -312,6 +371,11 @@ def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return total
 
 
+def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """NaN is equal to itself here."""
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
 def _described(tensor: torch.Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype}"
 
@@ -322,12 +386,13 @@ def _row(tensor: torch.Tensor) -> str:
 
 
 def _stage() -> str:
-    """The method of a layer that called the collective, for messages."""
-    frame = sys._getframe(2)
-    caller = frame.f_back.f_code.co_name if frame.f_back else "?"
-    step = frame.f_back
+    """The method of a layer that called the collective, or else whoever called the group, for messages."""
+    step, caller = sys._getframe(1), ""
     while step is not None:
-        if step.f_code.co_name in _STAGES:
-            return step.f_code.co_name
+        name = step.f_code.co_name
+        if name in _STAGES:
+            return _STAGES[name]
+        if not caller and step.f_globals is not globals():
+            caller = name
         step = step.f_back
-    return caller
+    return caller or "?"

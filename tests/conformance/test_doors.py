@@ -1,0 +1,116 @@
+"""The two doors of the kit: an author's test module under pytest, and `moe-core conformance`."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("click")
+
+from click.testing import CliRunner
+
+import moe_core.testing
+from moe_core.cli.app import app
+from moe_core.errors import UnsupportedError
+from moe_core.testing import registered, suites
+
+AUTHOR = """
+import attrs
+from moe_core.testing import PrepareFinalizeConformance, registered
+
+def broken(*given):
+    made = registered("dispatch", "batched").factory(*given)
+    finalize = made.finalize
+    def forgets_weights(expert_out, handle, routing, out):
+        finalize(expert_out, handle, attrs.evolve(routing, topk_weights=routing.topk_weights * 0 + 1), out)
+    made.finalize = forgets_weights
+    return made
+
+class TestRight(PrepareFinalizeConformance):
+    ranks = 1
+    def backend(self):
+        return registered("dispatch", "batched")
+
+class TestBroken(PrepareFinalizeConformance):
+    ranks = 1
+    xfail = {"numbers: ids distinct, 1 rank": "weights come with 0.2"}
+    def backend(self):
+        return attrs.evolve(registered("dispatch", "batched"), factory=broken)
+"""
+
+
+def test_a_class_and_one_factory_are_an_authors_whole_test_module(tmp_path):
+    file = tmp_path / "test_mine.py"
+    file.write_text(AUTHOR)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rxf", "-p", "no:cacheprovider", "--rootdir", tmp_path, file],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=100,
+    )
+    told = done.stdout
+    assert done.returncode == 1, told + done.stderr
+    assert "TestRight" not in told.partition("short test summary")[2], "the right one passes"
+    assert "router weight: it was not applied" in told, "the broken one is told what it broke"
+    assert "XFAIL" in told
+    assert "weights come with 0.2" in told
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["conformance", *arguments], catch_exceptions=False)
+
+
+def test_the_command_prints_a_table_and_writes_every_case(tmp_path):
+    result = invoke("local", "--ranks", "1", "--json", str(tmp_path / "report.json"))
+    assert result.exit_code == 0, result.output
+    assert "dispatch local" in result.stdout
+    assert "router weight" not in result.stdout.partition("conforms")[2]
+    report = json.loads((tmp_path / "report.json").read_text())[0]
+    assert report["verdict"] == "conforms"
+    assert all(case["outcome"] in ("passed", "skipped") for case in report["cases"])
+    assert {"name", "duty", "tier", "claim", "outcome", "text"} == set(report["cases"][0])
+
+
+def test_markdown_for_a_readme():
+    result = invoke("sigmoid", "--markdown")
+    assert result.exit_code == 0
+    assert "**conforms**" in result.stdout
+    assert "| duty | tier | passed |" in result.stdout
+
+
+def test_a_backend_that_cannot_run_here_is_not_said_to_conform():
+    result = invoke("custom")
+    assert result.exit_code == 3
+    assert "was not exercised" in result.stdout
+
+
+def test_a_router_is_given_its_parameters():
+    assert invoke("grouped_sigmoid", "--params", '{"num_groups": 2, "topk_groups": 2}').exit_code == 0
+    assert "is not JSON" in invoke("grouped_sigmoid", "--params", "2,").stderr
+
+
+def test_names_are_as_in_the_listing():
+    with pytest.raises(UnsupportedError, match=r"registered under the name 'nope'; there are: .*dispatch:local"):
+        suites("nope")
+    with pytest.raises(UnsupportedError, match="unknown kind 'expert'"):
+        suites("expert:torch")
+    assert [suite.subject.split()[0] for suite in suites("experts:torch")] == ["experts"]
+    with pytest.raises(ValueError, match="kinds are dispatch, experts, scheme, router, runner"):
+        registered("dispatcher", "local")
+
+
+def test_the_docs_know_every_duty_that_a_report_can_name():
+    page = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text()
+    told = {duty.strip() for line in re.findall(r"^\| ([^|]+) \|", page, re.MULTILINE) for duty in line.split(",")}
+    names = ("dispatch:batched", "dispatch:all_gather", "experts:torch", "experts:fp8_torch", "scheme:nvfp4_w4a4",
+             "router:sigmoid", "runner:default")  # fmt: skip
+    of_cases = {case.duty for name in names for suite in suites(name, ranks=2) for case in suite.cases}
+    kit = Path(moe_core.testing.__file__).parent
+    raised = {found for file in kit.glob("*.py") for found in re.findall(r'Violation\(\s*"([^"]+)"', file.read_text())}
+    assert of_cases | raised <= told
