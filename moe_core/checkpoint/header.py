@@ -76,6 +76,11 @@ class TensorInfo:
         return found
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """How the format spells a torch dtype."""
+    return next(name for name, (ours, _) in _DTYPES.items() if getattr(torch, ours, None) == dtype)
+
+
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one file, by name; the file's length is checked, its data is not read.
 

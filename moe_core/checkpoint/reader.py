@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,7 @@ from moe_core.errors import CheckpointError, MoEError
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MODELOPT_FILE = "hf_quant_config.json"
 
 _FOREIGN_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack")
 _SHOWN_NAMES = 5
@@ -150,6 +152,21 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: no {CONFIG_FILE}, so this is not a Hugging Face checkpoint folder; pass the one that holds it"
         )
     return read_json(folder / CONFIG_FILE)
+
+
+def quantization_config(source: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The quantization config of a model: in config.json, there under its text_config, or in ModelOpt's own file.
+
+    Args:
+        source: the checkpoint folder, or a config file alone.
+        config: the contents of config.json.
+    """
+    found = config.get("quantization_config") or config.get("compression_config")
+    if not found and isinstance(config.get("text_config"), Mapping):
+        found = config["text_config"].get("quantization_config")
+    if not found and (file := source / MODELOPT_FILE).is_file():
+        found = {"quant_method": "modelopt", **read_json(file).get("quantization", {})}
+    return dict(found) if found else None
 
 
 def read_json(file: Path) -> dict[str, Any]:

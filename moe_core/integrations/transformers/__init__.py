@@ -16,7 +16,7 @@ That is all that is needed: each experts module is planned at its first call, fo
 | `gates.py` | which activation a module computes |
 | `foreign.py` | flags, parameters and views of a module |
 | `quantized.py` | what becomes of a quantized checkpoint on the way here |
-| `packed.py` | `from_pretrained`: quantized checkpoints with experts kept packed (import it by itself) |
+| `packed.py` | `from_pretrained`: quantized checkpoints with experts kept packed |
 | `unfused.py` | experts that call a module's own gate or norm |
 """
 
@@ -28,6 +28,7 @@ except ImportError as error:
         f"moe_core.integrations.transformers needs transformers 5.17 or newer ({error}); pip install 'moe-core[hf]'"
     ) from error
 
+from moe_core.integrations.transformers import packed
 from moe_core.integrations.transformers.architectures import supported_architectures
 from moe_core.integrations.transformers.attach import IMPLEMENTATION, attach, layer_plans
 from moe_core.integrations.transformers.foreign import experts_modules
@@ -41,6 +42,7 @@ __all__ = [
     "experts_modules",
     "layer_for",
     "layer_plans",
+    "packed",
     "supported_architectures",
 ]
 

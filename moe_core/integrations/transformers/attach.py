@@ -48,6 +48,11 @@ def attach(
     """
     _check_names(dispatch, experts)
     modules = check_architecture(model)
+    if any(hasattr(module, "packed") for module in modules.values()):
+        raise UnsupportedError(
+            f"{type(model).__name__}: its experts are packed, and run by their plans already (packed.packed_plans "
+            "tells them); to insist on backends, load it with packed.from_pretrained(…, dispatch=…, experts=…)"
+        )
     refuse_lost_scales(type(model).__name__, getattr(model, "config", None))
     layers = {name: layer_for(module) for name, module in modules.items()}
     before = {name: layer.requested for name, layer in layers.items()}

@@ -197,7 +197,24 @@ def experts_forward(
         key = _layer_key(id(self))
         compiled: torch.Tensor = torch.ops.moe_core.experts_forward(hidden_states, top_k_index, top_k_weights, key)
         return compiled
-    out = layer_for(self).forward(hidden_states, top_k_index, top_k_weights)
+    return _eagerly(layer_for(self), hidden_states, top_k_index, top_k_weights)
+
+
+def call_layer(
+    layer: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The same for a module that holds its layer itself, under `layer.layer_key` and with a `forward` like this."""
+    if torch.compiler.is_compiling():
+        key = layer.layer_key
+        compiled: torch.Tensor = torch.ops.moe_core.experts_forward(hidden_states, top_k_index, top_k_weights, key)
+        return compiled
+    return _eagerly(layer, hidden_states, top_k_index, top_k_weights)
+
+
+def _eagerly(
+    layer: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    out: torch.Tensor = layer.forward(hidden_states, top_k_index, top_k_weights)
     if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
         out = _InferenceOnly.apply(out, hidden_states, top_k_weights)
     return out

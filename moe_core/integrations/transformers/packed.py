@@ -8,40 +8,65 @@ installed plugins' `from_checkpoint_config` says who reads the format, that meth
 together, and its `QuantSpec` what they stand for. Dense layers are dequantized to the model dtype while they load;
 experts are streamed from the same files into a `RoutedExperts` each, and run by a plan.
 
+Formats that transformers has no quantizer for (ModelOpt's) come here from its own `from_pretrained` too, once this
+module is imported.
+
 Shape letters: T tokens · H hidden · I intermediate · E experts · K top-k.
 """
 
 from __future__ import annotations
 
+import contextvars
 import re
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations.moe import ExpertsInterface
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import moe_core.checkpoint as checkpoints
 from moe_core import formats
 from moe_core.build import method_for_checkpoint, plan
-from moe_core.config import MoEConfig
+from moe_core.config import MoEConfig, MoEParallelConfig
 from moe_core.errors import CheckpointError, UnsupportedError
 from moe_core.integrations.transformers.foreign import experts_modules, top_k_of
 from moe_core.integrations.transformers.gates import recognise_gate
+from moe_core.integrations.transformers.layer import call_layer
+from moe_core.interfaces import Group
 from moe_core.kernel import MoEKernel
 from moe_core.packed import PackedMethod
 from moe_core.quant import upright
 from moe_core.routed_experts import RoutedExperts
+from moe_core.runner import register_layer
 from moe_core.select import Plan
 from moe_core.types import Routing
 
 METHOD = "moe_core"
+UNKNOWN_TO_TRANSFORMERS = "modelopt"
+"""A `quant_method` that transformers has no quantizer for: it would load the numbers and ignore their scales."""
 IMPLEMENTATION = "moe_core_packed"
-_EXPERTS = r"\.experts\.\d+\."
+_EXPERTS = r"\.experts\.(\d+\.|(gate_up|down)_proj)"
+
+
+@attrs.frozen
+class _Request:
+    """What a caller of `from_pretrained` asks beyond what a config can say."""
+
+    scheme: str | None = None
+    dispatch: str | None = None
+    experts: str | None = None
+    parallel: MoEParallelConfig = MoEParallelConfig()
+    group: Group | None = None
+    debug: bool = False
+
+
+_asked: contextvars.ContextVar[_Request | None] = contextvars.ContextVar("moe_core_packed_request", default=None)
 
 
 def from_pretrained(
@@ -50,6 +75,9 @@ def from_pretrained(
     scheme: str | None = None,
     dispatch: str | None = None,
     experts: str | None = None,
+    parallel: MoEParallelConfig | None = None,
+    group: Group | None = None,
+    debug: bool = False,
     auto_class: Any = AutoModelForCausalLM,
     **arguments: Any,
 ) -> Any:
@@ -59,6 +87,10 @@ def from_pretrained(
         folder: a local checkpoint with a `quantization_config` that an installed plugin claims.
         scheme: the scheme to run it in, where more than one can; None: the checkpoint's own.
         dispatch, experts: names of backends to insist on.
+        parallel: how the experts are spread over ranks (ep_size or tp_size); each rank reads and holds its own share
+            of them, and all the rest of the model. None: one rank.
+        group: the ranks, where there is more than one; all must be given the same tokens.
+        debug: check ids and shapes on every step, which reads values on the host.
         auto_class: whose `from_pretrained` is called.
         arguments: what that takes besides, such as `dtype`.
 
@@ -66,40 +98,38 @@ def from_pretrained(
         UnsupportedError: nobody reads the format, or nothing can run a layer.
         CheckpointError: an expert's tensor is missing or does not fit.
     """
+    theirs = sorted({"tp_plan", "tp_size", "distributed_config", "device_mesh"} & arguments.keys())
+    if theirs:
+        raise UnsupportedError(
+            f"{folder}: {', '.join(theirs)} would have transformers split experts that it does not hold; pass "
+            "parallel= and group= instead"
+        )
     config = AutoConfig.from_pretrained(folder)
-    stored = getattr(config, "quantization_config", None)
+    stored = checkpoints.quantization_config(Path(folder), config.to_dict())
     if not stored:
         raise UnsupportedError(f"{folder}: config.json has no quantization_config; load it with transformers as it is")
-    stored = dict(stored) if isinstance(stored, dict) else stored.to_dict()
     method_for_checkpoint(stored, scheme)  # refused before anything is read
-    asked = PackedConfig(str(folder), stored, scheme, dispatch, experts)
-    config.quantization_config = asked.to_dict()  # where a checkpoint has one, transformers looks for a dict
-    return auto_class.from_pretrained(folder, config=config, experts_implementation=IMPLEMENTATION, **arguments)
+    config.quantization_config = PackedConfig(METHOD, stored).to_dict()  # where there is one, a dict is looked for
+    token = _asked.set(_Request(scheme, dispatch, experts, parallel or MoEParallelConfig(), group, debug))
+    try:
+        return auto_class.from_pretrained(folder, config=config, **arguments)
+    finally:
+        _asked.reset(token)
 
 
 @register_quantization_config(METHOD)
 class PackedConfig(QuantizationConfigMixin):
-    """What the quantizer has to know: the folder, its own `quantization_config`, and what the user asked for."""
+    """The `quantization_config` of a checkpoint, as it is stored there, under the name that leads to the quantizer.
 
-    def __init__(
-        self,
-        folder: str,
-        stored: dict[str, Any],
-        scheme: str | None = None,
-        dispatch: str | None = None,
-        experts: str | None = None,
-        **_: Any,
-    ) -> None:
-        self.quant_method = METHOD
-        self.folder, self.stored, self.scheme, self.dispatch, self.experts = folder, stored, scheme, dispatch, experts
+    Args:
+        quant_method: `METHOD`, or the checkpoint's own.
+        stored: all of it; None: `rest` is.
+        rest: what transformers reads from config.json.
+    """
 
-    @property
-    def method(self) -> PackedMethod:
-        """A method of its own for each layer."""
-        found = method_for_checkpoint(self.stored, self.scheme)
-        if not isinstance(found, PackedMethod):
-            raise UnsupportedError(f"{self.folder}: scheme {found.scheme.name} does not say what its dense layers hold")
-        return found
+    def __init__(self, quant_method: str, stored: dict[str, Any] | None = None, **rest: Any) -> None:
+        self.quant_method = quant_method
+        self.stored = {"quant_method": quant_method, **rest} if stored is None else stored
 
 
 @register_quantizer(METHOD)
@@ -110,10 +140,26 @@ class PackedQuantizer(HfQuantizer):
     is_trainable = False
     quantization_config: PackedConfig
 
+    def __init__(self, quantization_config: PackedConfig, **arguments: Any) -> None:
+        super().__init__(quantization_config, **arguments)
+        self.request = _asked.get() or _Request()
+        self.folder = Path()
+        self.method()  # refused before anything is read
+
+    def method(self) -> PackedMethod:
+        """A method of its own for each layer."""
+        found = method_for_checkpoint(self.quantization_config.stored, self.request.scheme)
+        if not isinstance(found, PackedMethod):
+            raise UnsupportedError(f"scheme {found.scheme.name} does not say what a checkpoint's dense layers hold")
+        return found
+
     def is_serializable(self) -> bool:
         return False
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> Any:
+        if not checkpoint_files:
+            raise UnsupportedError("packed experts are read from safetensors files, and there are none to load from")
+        self.folder = Path(checkpoint_files[0]).parent
         for module in experts_modules(model).values():
             inner, hidden = _sizes(module)
             vars(module)["_moe_core_sizes"] = (inner, hidden)
@@ -128,34 +174,106 @@ class PackedQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Without the converters that would stack experts, with one that dequantizes all other layers."""
         kept = [c for c in weight_conversions if not _is_of_experts(c)]
-        suffixes = ["weight", *(name for name in self.quantization_config.method.checkpoint_suffixes if "_" in name)]
+        suffixes = ["weight", *(name for name in self.method().checkpoint_suffixes if "_" in name)]
         # before 5.18 patterns are searched unanchored, and "weight" would swallow "weight_scale" too
-        return [*kept, WeightConverter([f"{name}$" for name in suffixes], "weight", operations=[_Dequantize(self)])]
+        return [
+            *kept,
+            WeightConverter([f"{name}$" for name in suffixes], "weight", operations=[_Dequantize(self.method())]),
+        ]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        config = self.quantization_config
         modules = experts_modules(model)
-        with checkpoints.Checkpoint.open(config.folder) as checkpoint:
-            rules = (*checkpoints.RULES, *checkpoints.packed_rules(config.method.checkpoint_suffixes))
+        with checkpoints.Checkpoint.open(self.folder) as checkpoint:
+            rules = (*checkpoints.RULES, *checkpoints.packed_rules(self.method().checkpoint_suffixes))
             blocks = {_numbers(name): name for name in checkpoints.expert_blocks(checkpoint, rules)}
             for name, module in modules.items():
                 if _numbers(name) not in blocks:
-                    raise CheckpointError(f"{config.folder}: no experts for {name!r}; blocks: {list(blocks.values())}")
-                experts = _experts_of(model, name, module, config)
+                    raise CheckpointError(f"{self.folder}: no experts for {name!r}; blocks: {list(blocks.values())}")
+                experts = self._experts_of(model, name, module)
                 checkpoints.load_experts(checkpoint, blocks[_numbers(name)], experts, rules)
                 module.add_module("packed", experts)
+        model.set_experts_implementation(IMPLEMENTATION)
         return model
+
+    def _experts_of(self, model: Any, name: str, module: Any) -> PackedExperts:
+        """The empty experts of one module, planned."""
+        asked, (inner, hidden) = self.request, module._moe_core_sizes
+        activation, top_k = recognise_gate(module, inner), top_k_of(model, name)
+        if isinstance(activation, str) or top_k is None:
+            reason = "its top-k is not known" if top_k is None else activation
+            raise UnsupportedError(f"{name}: {reason}; not packed")
+        layer = MoEConfig(
+            num_experts=module.num_experts,
+            top_k=top_k,
+            hidden_size=hidden,
+            intermediate_size=inner,
+            dtype=model.dtype,
+            activation=activation,
+            debug=asked.debug,
+        )
+        method = self.method()
+        chosen = plan(
+            layer,
+            parallel=asked.parallel,
+            scheme=method.scheme,
+            dispatch=asked.dispatch,
+            experts=asked.experts,
+            device=model.device,
+            routing_is_external=True,
+        )
+        return PackedExperts(chosen, method, model.device, asked.group)
+
+
+class PackedExperts(RoutedExperts):
+    """One experts module's packed weights, and the kernel that runs them.
+
+    Args:
+        plan, quant_method, device: as for `RoutedExperts`.
+        group: the ranks that share the experts, or None.
+    """
+
+    def __init__(self, plan: Plan, quant_method: PackedMethod, device: torch.device, group: Group | None) -> None:
+        super().__init__(plan, quant_method, device)
+        self.group = group
+        self._kernel = MoEKernel(plan, group)
+        self.layer_key = register_layer(self)
+
+    @property
+    def kernel(self) -> MoEKernel:
+        return self._kernel
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`[..., H]`, ids and weights `[..., K]` → `[..., H]`, summed over K and over the ranks."""
+        ids = top_k_index.reshape(-1, top_k_index.shape[-1])
+        x = hidden_states.reshape(-1, hidden_states.shape[-1]).to(self.config.dtype)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            out, _ = self._kernel(x, Routing(ids, top_k_weights.reshape(ids.shape).to(torch.float32)), self.weights)
+            if not self._kernel.plan.output_is_reduced:
+                assert self.group is not None, "experts that are spread have a group"
+                out = self.group.all_reduce(out)
+        return out.to(hidden_states.dtype).reshape(hidden_states.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle carries the plan; the kernel is made anew, since backends may hold device buffers."""
+        return {**self.__dict__, "_kernel": self._kernel.plan}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._kernel = MoEKernel(state["_kernel"], self.group, agree=False)
+        self.layer_key = register_layer(self)  # a copy is a layer of its own
 
 
 class _Dequantize(ConversionOps):
     """A dense layer's tensors, collected by their names, as one weight in the model dtype."""
 
-    def __init__(self, hf_quantizer: PackedQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
+    def __init__(self, method: PackedMethod) -> None:
+        self._method = method  # not the quantizer: transformers copies its converters, and a group can't be copied
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], *_: Any, **arguments: Any) -> dict[str, torch.Tensor]:
-        method = self.hf_quantizer.quantization_config.method
+        method = self._method
         target, model = arguments["full_layer_name"], arguments["model"]
         dtype = model.get_parameter(target).dtype
         held: dict[str, torch.Tensor] = {}
@@ -196,26 +314,8 @@ def _numbers(name: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", name))
 
 
-def _experts_of(model: Any, name: str, module: Any, config: PackedConfig) -> RoutedExperts:
-    """The empty `RoutedExperts` of one experts module, planned."""
-    inner, hidden = module._moe_core_sizes
-    activation, top_k = recognise_gate(module, inner), top_k_of(model, name)
-    if isinstance(activation, str) or top_k is None:
-        raise UnsupportedError(f"{name}: {activation if top_k is not None else 'its top-k is not known'}; not packed")
-    layer = MoEConfig(
-        num_experts=module.num_experts, top_k=top_k, hidden_size=hidden,
-        intermediate_size=inner, dtype=model.dtype, activation=activation,
-    )  # fmt: skip
-    method, device = config.method, model.device
-    chosen = plan(layer, scheme=method.scheme, dispatch=config.dispatch, experts=config.experts, device=device,
-                  routing_is_external=True)  # fmt: skip
-    experts = RoutedExperts(chosen, method, device)
-    experts.kernel = MoEKernel(chosen)  # type: ignore[assignment]
-    return experts
-
-
 def packed_plans(model: torch.nn.Module) -> dict[str, Plan]:
-    """Experts module → its plan, of a model that `from_pretrained` made."""
+    """Experts module → its plan, of a model whose experts are packed."""
     modules: dict[str, Any] = dict(experts_modules(model))
     return {name: module.packed.kernel.plan for name, module in modules.items()}
 
@@ -223,14 +323,11 @@ def packed_plans(model: torch.nn.Module) -> dict[str, Plan]:
 def packed_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """What transformers calls for a whole experts module: `[..., H]`, ids and weights `[..., K]` → `[..., H]`."""
-    experts = self.packed
-    ids = top_k_index.reshape(-1, top_k_index.shape[-1])
-    x = hidden_states.reshape(-1, hidden_states.shape[-1]).to(experts.config.dtype)
-    with torch.no_grad():
-        weights = top_k_weights.reshape(ids.shape).to(torch.float32)
-        out, _ = experts.kernel(x, Routing(ids, weights), experts.weights)
-    return out.to(hidden_states.dtype).reshape(hidden_states.shape)
+    """What transformers calls for a whole experts module."""
+    return call_layer(self.packed, hidden_states, top_k_index, top_k_weights)
 
 
 ExpertsInterface.register(IMPLEMENTATION, packed_forward)
+if UNKNOWN_TO_TRANSFORMERS not in AUTO_QUANTIZER_MAPPING:
+    register_quantization_config(UNKNOWN_TO_TRANSFORMERS)(PackedConfig)
+    register_quantizer(UNKNOWN_TO_TRANSFORMERS)(PackedQuantizer)
