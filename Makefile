@@ -15,7 +15,7 @@ MARKS := not full
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-all test-oldest lint types pytest format bench docs clean
+.PHONY: fixtures help setup demo test test-all test-oldest lint types pytest format bench docs clean
 
 help:  ## list the tasks
 	@sed -n 's/^\([a-z-]*\):.*##  */\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r task text; do \
@@ -56,8 +56,13 @@ bench: setup  ## our experts beside those of transformers, on the CPU
 docs: setup  ## build the documentation into docs/_build; a warning is an error
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
 
+fixtures:  ## have ModelOpt write tests/fixtures anew, in .venv-fixtures (it excludes our transformers)
+	$(PYTHON) -m venv .venv-fixtures
+	.venv-fixtures/bin/python -m pip install -q -r tests/fixtures/requirements.txt
+	HF_HUB_OFFLINE=1 .venv-fixtures/bin/python tests/fixtures/make_modelopt.py
+
 clean:  ## remove the virtual environments and every cache
-	rm -rf docs/_build .venv .venv-all .venv-oldest .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf docs/_build .venv .venv-all .venv-fixtures .venv-oldest .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- set-up

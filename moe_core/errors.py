@@ -32,5 +32,9 @@ class CapacityError(MoEError):
     """More rows arrived for an expert than its buffer holds. No result of that step may be used."""
 
 
+class CollectiveError(MoEError):
+    """A collective between ranks could not be completed. The text names this rank, the stage and what is known."""
+
+
 class CheckpointError(MoEError):
     """A checkpoint folder cannot be read as it is. The text names the file or tensor and what is wrong with it."""

@@ -21,7 +21,7 @@ class QuantizeRows:
     `beside`: runs beside the kernel before it, which must have nothing to do with it.
     """
 
-    def __init__(self, length: int, *, by_group: bool, power_of_two: bool, pdl: bool, beside: bool = False):
+    def __init__(self, length: int, *, by_group: bool, power_of_two: bool, pdl: bool, beside: bool = False, counters: int = 0):
         from moe_core.ops._kernels.fp8_quantize import quantize_kernel
 
         padded = 1 << (length - 1).bit_length()

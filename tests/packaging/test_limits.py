@@ -15,19 +15,20 @@ FUNCTION_LINES = 60
 KERNEL_LINES = 120
 # Records of measurements and tuned tables are data; nobody reads them from top to bottom.
 DATA = {".json", ".csv"}
+BINARY = {".safetensors"}
 # Homes and work folders of some machine. Spelt in parts, because this file is searched too.
 MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:" + "|".join(["home", "root", "Users", "work", "mnt"]) + r")/\w")
 
 
 @pytest.fixture(scope="module")
 def tracked_files(root: Path) -> list[Path]:
-    """What git tracks or would track."""
+    """The text files that git tracks or would track."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
     if done.returncode != 0:
         pytest.skip(f"not a git checkout: {done.stderr.strip()}")
     files = [root / name for name in done.stdout.split("\0") if name]
-    return [file for file in files if file.is_file()]
+    return [file for file in files if file.is_file() and file.suffix not in BINARY]
 
 
 def long_functions(file: Path) -> Iterator[str]:

@@ -7,7 +7,9 @@ from typing import Any
 
 import attrs
 import torch
+import vendor_cases
 from rank_cases import Case, build, layer_config, run
+from vendor_cases import VendorCase, register_emulations
 
 import moe_core
 from moe_core import MoEParallelConfig
@@ -37,3 +39,9 @@ def in_order(group: Any, case: Case) -> int:
     """The number of steps that went through after whatever happened before in this pool."""
     runner = build(case, group)
     return int(runner(torch.ones(2, 24), torch.ones(2, 6)).shape[0])
+
+
+def run_vendor(group: Any, case: VendorCase) -> list[torch.Tensor]:
+    """A layer over a vendor's dispatch, through its emulation."""
+    register_emulations()
+    return vendor_cases.run(group, case)
