@@ -13,7 +13,7 @@ import rich.table
 from moe_core.cli import output
 from moe_core.cli.options import real_device
 from moe_core.testing.case import Outcome, Report, Result, run_cases
-from moe_core.testing.conformance import suites
+from moe_core.testing.conformance import launched_suite, suites
 
 _SHOWN = 40
 """Failures that are printed; the JSON file has all."""
@@ -28,11 +28,14 @@ _SHOWN = 40
     show_default=True,
     help="The largest number of virtual ranks (threads of this process) to try.",
 )
+@click.option("--launched", is_flag=True, help="A dispatch backend on real ranks: the processes that torchrun started.")
 @click.option("--device", metavar="DEVICE", help="cpu or cuda; default: cpu, where the backend runs on it.")
 @click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Write every case there.")
 @click.option("--params", metavar="JSON", default="{}", help='Parameters of a router, such as {"num_groups": 2}.')
 @click.option("--markdown", is_flag=True, help="Print the table for a README.")
-def conformance(name: str, ranks: int, device: str | None, json_file: Path | None, params: str, markdown: bool) -> None:
+def conformance(
+    name: str, ranks: int, launched: bool, device: str | None, json_file: Path | None, params: str, markdown: bool
+) -> None:
     """Run every conformance case of NAME: a dispatch or experts backend, a scheme, a router or a runner.
 
     NAME is as in `moe-core plugins`, with its kind before it where two things have one name: experts:torch. What is
@@ -41,14 +44,22 @@ def conformance(name: str, ranks: int, device: str | None, json_file: Path | Non
 
     Exit code 0: it conforms. 1: it fails. 3: nothing that computes could run on this machine.
     """
-    where = None if device is None else str(real_device(device))
+    quiet = False
+    if launched:
+        suite, rank = launched_suite(name)
+        asked, quiet = [suite], rank > 0  # every process runs all cases, one of them speaks
+    else:
+        where = None if device is None else str(real_device(device))
+        asked = suites(name, device=where, ranks=ranks, params=_object(params))
     reports = []
-    for suite in suites(name, device=where, ranks=ranks, params=_object(params)):
+    for suite in asked:
+        if quiet:
+            reports.append(run_cases(suite.cases, suite.subject, suite.device))
+            continue
         with output.progress(f"{suite.subject}: {len(suite.cases)} cases", total=len(suite.cases)) as step:
-            report = run_cases(suite.cases, suite.subject, suite.device, each=_after_each(step))
-        _print(report, markdown)
-        reports.append(report)
-    if json_file is not None:
+            reports.append(run_cases(suite.cases, suite.subject, suite.device, each=_after_each(step)))
+        _print(reports[-1], markdown)
+    if json_file is not None and not quiet:
         json_file.write_text(json.dumps([report.to_dict() for report in reports], indent=2) + "\n")
     verdicts = {report.verdict for report in reports}
     if verdicts != {"conforms"}:

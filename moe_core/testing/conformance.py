@@ -23,6 +23,7 @@ from moe_core.plugins import registry
 from moe_core.testing.case import Case, Outcome, check_xfail, run_case
 from moe_core.testing.dispatch import dispatch_cases
 from moe_core.testing.experts import experts_cases
+from moe_core.testing.launched import join
 from moe_core.testing.quant import quant_cases
 from moe_core.testing.router import router_cases
 from moe_core.testing.runner import runner_cases
@@ -194,6 +195,14 @@ def suites(
         known = [f"{k}:{n}" for k, place in KINDS.items() for n in sorted(getattr(found, place))]
         raise UnsupportedError(f"nothing is registered under the name {name!r}; there are: {', '.join(known)}")
     return [_suite(k, rest, device, ranks, params) for k in asked]
+
+
+def launched_suite(name: str) -> tuple[Suite, int]:
+    """The dispatch backend `name` on the ranks that a launcher started, and which of them this process is."""
+    entry = registered("dispatch", name.removeprefix("dispatch:"))
+    group, device = join()
+    cases = dispatch_cases(entry, device=device, launched=group)
+    return Suite(f"dispatch {entry.label} on {group.size} processes", str(device), tuple(cases)), group.rank
 
 
 def _suite(kind: str, name: str, device: str | None, ranks: int, params: Mapping[str, Any] | None) -> Suite:

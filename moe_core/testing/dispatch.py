@@ -15,6 +15,7 @@ import torch
 
 from moe_core.build import probed
 from moe_core.config import MODEL_DTYPES, ActivationSpec, Problem
+from moe_core.group import TorchGroup
 from moe_core.plugins import registry
 from moe_core.quant import UNQUANTIZED, QuantScheme, QuantSpec
 from moe_core.select import DispatchCandidate, Plan, select
@@ -46,15 +47,22 @@ ROW_WISE_SCHEME = QuantScheme(
 EVERY = "every backend"
 
 
-def dispatch_cases(candidate: DispatchCandidate, *, device: torch.device | str = "cpu", ranks: int = 4) -> list[Case]:
+def dispatch_cases(
+    candidate: DispatchCandidate,
+    *,
+    device: torch.device | str = "cpu",
+    ranks: int = 4,
+    launched: TorchGroup | None = None,
+) -> list[Case]:
     """All cases for one dispatch backend.
 
     Args:
         candidate: as it was registered, or made by hand.
         device: where they run.
         ranks: the largest number of virtual ranks to try.
+        launched: run on the processes of this group instead, each of which must ask the same cases.
     """
-    bench = DispatchBench(probed(candidate), torch.device(device), ranks)
+    bench = DispatchBench(probed(candidate), torch.device(device), ranks, launched)
     return list(_Cases(bench).all())
 
 
@@ -79,7 +87,9 @@ class _Cases:
 
     @property
     def worlds(self) -> list[int]:
-        """1 to 4 ranks, or the least that it serves."""
+        """1 to 4 ranks, or the least that it serves; where ranks were launched, as many as there are."""
+        if self.bench.launched is not None:
+            return [self.bench.launched.size]
         most = min(self.bench.ranks, self.caps.max_ep_size or self.bench.ranks)
         return [w for w in (1, 2, 3, 4) if self.caps.min_ep_size <= w <= most] or [self.caps.min_ep_size]
 
@@ -195,7 +205,9 @@ class _Cases:
         for how in ("twice", "nothing"):
             yield self.case(f"handle: {how}, {ranks}", "handles", claim, checks.handle_once, full, how)
         yield self.case(f"an exception gives slots back, {ranks}", "release", claim, checks.released, full)
-        yield self.case(f"refused: an unknown payload, {ranks}", "refusals", claim, checks.unknown_payload, full)
+        if self.caps.payloads != {MODEL_DTYPE_PAYLOAD}:
+            unknown = checks.unknown_payload
+            yield self.case(f"refused: an unknown payload, {ranks}", "refusals", "payloads", unknown, full)
         yield self.case(
             f"capacity: all ranks above it, {ranks}", "capacity", claim, checks.too_many_tokens, full, "all ranks"
         )

@@ -16,12 +16,14 @@ from moe_core import formats
 from moe_core.config import ActivationSpec, MoEConfig, MoEParallelConfig, Problem
 from moe_core.errors import UnsupportedError
 from moe_core.expert_map import ExpertMapManager
+from moe_core.group import TorchGroup
 from moe_core.kernel import Flight, MoEKernel
 from moe_core.quant import UNQUANTIZED, QuantScheme
 from moe_core.select import DispatchCandidate, Plan, select
 from moe_core.testing import material
 from moe_core.testing.case import Skip, Violation
 from moe_core.testing.compare import Explanations, Truth, check_numbers
+from moe_core.testing.launched import run_as_rank
 from moe_core.testing.material import Problem64
 from moe_core.testing.oracle import oracle_experts
 from moe_core.testing.virtual import Faults, VirtualGroup, run_on_ranks
@@ -150,7 +152,7 @@ class Rank:
     """One rank's layer around the backend under test."""
 
     setting: Setting
-    group: VirtualGroup
+    group: VirtualGroup | TorchGroup
     kernel: MoEKernel
     weights: ExpertWeights
     device: torch.device
@@ -201,12 +203,14 @@ class DispatchBench:
     Attributes:
         candidate: the backend, probed.
         device: where it runs.
-        ranks: the largest W to try.
+        ranks: the largest W to try, on virtual ranks.
+        launched: the group of this process, where a launcher started the ranks; None: they are virtual.
     """
 
     candidate: DispatchCandidate
     device: torch.device
     ranks: int = 4
+    launched: TorchGroup | None = None
 
     @property
     def described(self) -> Device:
@@ -225,7 +229,7 @@ class DispatchBench:
             reasons = dict.fromkeys(item.reason for report in error.rejections for item in report.rejections)
             raise Skip("; ".join(reasons)) from None
 
-    def rank(self, setting: Setting, group: VirtualGroup) -> Rank:
+    def rank(self, setting: Setting, group: VirtualGroup | TorchGroup) -> Rank:
         kernel = MoEKernel(self.plan(setting, group.rank), group)
         if setting.topology == "split":
             own = material.mapped(
@@ -245,17 +249,21 @@ class DispatchBench:
         timeout_s: float | None = None,
         return_errors: bool = False,
     ) -> list[Result]:
-        """`work(rank)` on W virtual ranks at once, each with a layer of its own."""
+        """`work(rank)` on W ranks at once, each with a layer of its own."""
         self.possible(setting)
+        if self.launched is not None and faults is not None:
+            raise Skip("faults are asked on virtual ranks")
 
         @torch.no_grad()
-        def body(group: VirtualGroup) -> Result:
+        def body(group: VirtualGroup | TorchGroup) -> Result:
             rank = self.rank(setting, group)
             result = work(rank)
             if not return_errors:
                 rank.kernel.check()
             return result
 
+        if self.launched is not None:
+            return run_as_rank(self.launched, body, return_errors=return_errors)
         return run_on_ranks(
             setting.world, body, faults=faults, timeout_s=timeout_s or TIMEOUT_S, return_errors=return_errors
         )

@@ -238,6 +238,7 @@ class _Cases:
             )
         simple = {
             "workspace sizes": ("workspaces", checks.workspace_sizes),
+            "launch ranges": ("honest claims", checks.launch_ranges),
             "calls of changing size": ("no state between steps", checks.sizes_in_turn),
             "two layers": ("no state between layers", checks.two_layers),
             "reloaded weights": ("reload", checks.reloaded),

@@ -17,7 +17,7 @@ from moe_core.testing import material
 from moe_core.testing.case import Skip, Violation
 from moe_core.testing.compare import Untouched, check_numbers, same_bits
 from moe_core.testing.experts_bench import ExpertsBench, Rows, Setting, fill, quantized_terms
-from moe_core.types import Routing
+from moe_core.types import Device, Routing
 
 
 def numbers(bench: ExpertsBench, setting: Setting, duty: str) -> None:
@@ -117,6 +117,17 @@ def workspace_sizes(bench: ExpertsBench, setting: Setting) -> None:
             if not isinstance(dtype, torch.dtype) or not all(type(extent) is int and extent >= 0 for extent in shape):
                 shown = f"workspace {name!r} at {rows} rows is {shape!r}, {dtype!r}"
                 raise Violation("workspaces", f"{shown}; the contract is (shape of ints, torch.dtype)")
+
+
+def launch_ranges(bench: ExpertsBench, setting: Setting) -> None:
+    """What it says of its kernels, for `explain`: ranges from row 0 up, the same answer each time."""
+    experts, device = bench.make(setting), Device.of(bench.device)
+    ranges = experts.launch_ranges(setting.format, device)
+    first_rows = [item.first_row for item in ranges]
+    if first_rows != sorted(set(first_rows)) or (ranges and first_rows[0] != 0):
+        raise Violation("honest claims", f"launch_ranges begin at rows {first_rows}; the contract is from 0, rising")
+    if ranges != experts.launch_ranges(setting.format, device):
+        raise Violation("honest claims", "launch_ranges gives another answer the second time")
 
 
 def sizes_in_turn(bench: ExpertsBench, setting: Setting) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import attrs
@@ -35,6 +36,9 @@ _STAGES = {
 
 class RankFault(CollectiveError):
     """A collective could not be completed; the text names the ranks and the stage."""
+
+    def during(self, stage: str) -> None:
+        """The text names it already."""
 
 
 class RankDropped(MoEError):
@@ -372,8 +376,9 @@ def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """NaN is equal to itself here."""
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    """NaN is equal to itself here. Clones, because a single element of stride 0 is contiguous, and has no view."""
+    one, other = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (one, other))
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 def _described(tensor: torch.Tensor) -> str:
@@ -387,7 +392,8 @@ def _row(tensor: torch.Tensor) -> str:
 
 def _stage() -> str:
     """The method of a layer that called the collective, or else whoever called the group, for messages."""
-    step, caller = sys._getframe(1), ""
+    step: FrameType | None = sys._getframe(1)
+    caller = ""
     while step is not None:
         name = step.f_code.co_name
         if name in _STAGES:

@@ -313,10 +313,15 @@ class TakesAnything(Wrapped):
         out.copy_(expert_out)
 
 
-@wrong("local", "takes any payload", "refusals")
+@wrong("batched", "takes any payload", "refusals")
 class TakesAnyPayload(Wrapped):
     def prepare(self, hidden_states, routing, *, payload, **named):
-        return self.inner.prepare(hidden_states, routing, payload=MODEL_DTYPE_PAYLOAD, **named)
+        known = payload if payload == self.inner_scheme else MODEL_DTYPE_PAYLOAD
+        return self.inner.prepare(hidden_states, routing, payload=known, **named)
+
+    @property
+    def inner_scheme(self):
+        return getattr(self.inner, "local", self.inner).scheme.name
 
 
 @wrong("batched", "cuts what is above the bound", "capacity")

@@ -13,7 +13,7 @@ from moe_core.interfaces import Experts
 from moe_core.testing import registered
 from moe_core.testing.experts import experts_cases
 from moe_core.testing.material import mapped
-from moe_core.types import GateUpLayout
+from moe_core.types import GateUpLayout, LaunchRange
 from tests.conformance.mutant import Mutant
 
 
@@ -83,12 +83,10 @@ class AppliesWeightTwice(Wrapped):
         self.inner.apply(dispatched, weights, workspaces, out)
 
 
-@wrong("torch", "takes router weights as positive", "router weight")
-class PositiveWeights(Wrapped):
-    def apply(self, dispatched, weights, workspaces, out):
-        if not batched(dispatched):
-            dispatched = attrs.evolve(dispatched, topk_weights=dispatched.topk_weights.abs())
-        self.inner.apply(dispatched, weights, workspaces, out)
+@wrong("torch", "says of its kernels what can't be", "honest claims")
+class FallingRanges(Wrapped):
+    def launch_ranges(self, activation_format, device):
+        return LaunchRange(8, "many rows", "measured"), LaunchRange(0, "few rows", "measured")
 
 
 @wrong("torch", "puts the weight on the output though asked for the input", "router weight")

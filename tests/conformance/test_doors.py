@@ -95,6 +95,26 @@ def test_a_router_is_given_its_parameters():
     assert "is not JSON" in invoke("grouped_sigmoid", "--params", "2,").stderr
 
 
+@pytest.mark.full
+def test_a_dispatch_on_the_ranks_of_a_launcher(tmp_path):
+    report = tmp_path / "report.json"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moe_core"]
+    done = subprocess.run(
+        [sys.executable, *command, "conformance", "all_gather", "--launched", "--json", report],
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(report.read_text())[0]
+    assert "2 processes" in told["subject"]
+    assert sum(case["outcome"] == "passed" for case in told["cases"]) > 100
+
+
+def test_without_a_launcher_there_are_no_launched_ranks():
+    assert "takes its ranks from torchrun" in CliRunner().invoke(app, ["conformance", "local", "--launched"]).stderr
+
+
 def test_names_are_as_in_the_listing():
     with pytest.raises(UnsupportedError, match=r"registered under the name 'nope'; there are: .*dispatch:local"):
         suites("nope")
