@@ -30,6 +30,7 @@ SMALL = {"num_experts": 32, "top_k": 4, "hidden_size": 2048, "intermediate_size"
 LARGE = {"num_experts": 256, "top_k": 8, "hidden_size": 7168, "intermediate_size": 2048, "max_tokens_per_rank": 128}
 TOKENS = {"equal": (16, 16, 16, 16), "unequal": (3, 32, 1, 7), "none on a rank": (5, 0, 9, 0)}
 TIMED = (1, 8, 64, 128)
+OVERLAPPED = (128, 1024)
 PAIRS = 10  # of dispatch and combine in one graph
 ERROR = 0.006  # relative Frobenius, against one rank: rounding of partial sums to bf16
 
@@ -58,10 +59,18 @@ class Ranks:
         dist.all_reduce(told, op=dist.ReduceOp.MAX)
         return told.item()
 
-    def layer(self, sizes: dict[str, int], dispatch: str | None, scheme: str, **options: Any) -> Any:
+    def layer(
+        self, sizes: dict[str, int], dispatch: str | None, scheme: str, *, runner: str = "default",
+        shared: torch.nn.Module | None = None, **options: Any,
+    ) -> Any:  # fmt: skip
         """A layer over all ranks (`dispatch`), or whole on each of them (None), with the same random weights."""
-        config = moe_core.MoEConfig(**(sizes | options), dtype=torch.bfloat16)
-        arguments: dict[str, Any] = {"scheme": scheme, "device": self.device}
+        config = moe_core.MoEConfig(**(sizes | options), has_shared_experts=shared is not None, dtype=torch.bfloat16)
+        arguments: dict[str, Any] = {
+            "scheme": scheme,
+            "device": self.device,
+            "runner": runner,
+            "shared_experts": shared,
+        }
         if dispatch is not None:
             parallel = moe_core.MoEParallelConfig.fold(dp_size=self.size, dp_rank=self.rank, expert_parallel=True)
             arguments |= {"parallel": parallel, "group": self.group, "dispatch": dispatch}
@@ -206,6 +215,60 @@ def timings(ranks: Ranks, dispatches: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+class SharedExpert(torch.nn.Module):
+    """One gated expert of the layer's own sizes, which every token visits."""
+
+    def __init__(self, hidden: int, intermediate: int, device: torch.device) -> None:
+        super().__init__()
+        make = {"bias": False, "dtype": torch.bfloat16, "device": device}
+        self.up = torch.nn.Linear(hidden, 2 * intermediate, **make).requires_grad_(False)
+        self.down = torch.nn.Linear(intermediate, hidden, **make).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.up(x).chunk(2, dim=-1)
+        out: torch.Tensor = self.down(torch.nn.functional.silu(gate) * up)
+        return out
+
+
+def overlaps(ranks: Ranks, dispatches: list[str]) -> list[dict[str, Any]]:
+    """What is gained where something runs beside the wire: steps with shared experts, and in two micro-batches.
+
+    Every variant is held to the first one's numbers before it is timed.
+    """
+    order = moe_core.SharedExpertsOrder
+    variants = {
+        "shared before": ("default", order.SEQUENTIAL),
+        "shared inside": ("default", order.INTERNAL),
+        "two batches": ("two_batch", order.INTERNAL),
+    }
+    rows: list[dict[str, Any]] = []
+    for dispatch, tokens in itertools.product(dispatches, OVERLAPPED):
+        sizes = LARGE | {"max_tokens_per_rank": tokens}
+        shared = SharedExpert(sizes["hidden_size"], sizes["intermediate_size"], ranks.device)
+        row: dict[str, Any] = {"dispatch": dispatch, "tokens": tokens}
+        x, logits = inputs(ranks, sizes, tokens, 5)
+        wanted = None
+        for name, (runner, when) in variants.items():
+            try:
+                layer = ranks.layer(
+                    sizes, dispatch, "unquantized", runner=runner, shared=shared, shared_experts_order=when,
+                    cuda_graph=True,
+                )  # fmt: skip
+            except moe_core.UnsupportedError as error:
+                ranks.say(f"{dispatch:12} {tokens:5} {name:14} refused: {str(error).splitlines()[0]}")
+                continue
+            out = layer(x, router_logits=logits)
+            wanted = out if wanted is None else wanted
+            wrong = ranks.worst(relative_error(out, wanted))
+            row[name] = step_us(ranks, layer, tokens) if wrong <= ERROR else None
+            shown = "WRONG" if row[name] is None else f"{row[name]:9.1f}"
+            ranks.say(f"{dispatch:12} {tokens:5} {name:14} {shown}")
+            del layer
+            torch.cuda.empty_cache()
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -230,8 +293,11 @@ def main() -> None:
         f"\nmicroseconds at T = {', '.join(map(str, TIMED))} tokens a rank, H 7168, I 2048, E 256, K 8, CUDA graph"
     )
     rows = timings(ranks, right)
+    ranks.say("\nmicroseconds a step with a shared expert, by tokens a rank: what hides behind the wire")
+    overlapped = overlaps(ranks, right)
     if options.json and ranks.rank == 0:
-        options.json.write_text(json.dumps({"ranks": ranks.size, "rows": rows}, indent=2))
+        written = {"ranks": ranks.size, "rows": rows, "overlaps": overlapped}
+        options.json.write_text(json.dumps(written, indent=2))
     ranks.group.barrier()
     dist.destroy_process_group()
 

@@ -35,6 +35,10 @@ class CapacityError(MoEError):
 class CollectiveError(MoEError):
     """A collective between ranks could not be completed. The text names this rank, the stage and what is known."""
 
+    def during(self, stage: str) -> None:
+        """Put the stage in front of the text: a group knows the rank and the collective, its caller what it is for."""
+        self.args = (f"{stage}: {self}",)
+
 
 class CheckpointError(MoEError):
     """A checkpoint folder cannot be read as it is. The text names the file or tensor and what is wrong with it."""

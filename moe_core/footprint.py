@@ -8,6 +8,8 @@ Shape letters: T tokens on this rank · H hidden · E experts, global · E_l loc
 
 from __future__ import annotations
 
+import torch
+
 from moe_core import formats
 from moe_core.config import Problem
 from moe_core.types import MODEL_DTYPE_PAYLOAD
@@ -21,6 +23,14 @@ def payload_row_bytes(problem: Problem, payload: str) -> tuple[int, int]:
     values = hidden // formats.codes_per_byte(spec) * formats.storage_dtype(spec).itemsize
     _, groups = formats.scale_shape(spec.group_shape, 1, hidden)
     return values, groups * formats.scale_dtype(spec).itemsize
+
+
+def quantizing_bytes(problem: Problem, payload: str, rows: int) -> int:
+    """What quantizing rows for `payload` has allocated at most: the result, and five arrays in fp32 of `formats`."""
+    if payload == MODEL_DTYPE_PAYLOAD:
+        return 0
+    row = sum(payload_row_bytes(problem, payload)) + 5 * problem.config.experts_hidden_size * torch.float32.itemsize
+    return rows * row
 
 
 def share_of_tokens(problem: Problem) -> float:

@@ -33,7 +33,6 @@ from moe_core.types import (
     Routing,
 )
 
-
 Finish = Callable[[], torch.Tensor]
 """The second half of a collective: waits, and returns its result. Called exactly once."""
 

@@ -10,6 +10,7 @@ another id dtype, physical ids) is arranged here, once, so that no backend arran
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ import attrs
 import torch
 
 from moe_core.agreement import check_agreement
-from moe_core.errors import MoEError
+from moe_core.errors import CollectiveError, MoEError
 from moe_core.expert_map import ExpertMapManager
 from moe_core.interfaces import Experts, Group, PrepareAndFinalize
 from moe_core.select import Plan
@@ -53,12 +54,15 @@ class MoEKernel:
         group: its ranks; None: one rank.
         agree: compare the plan with those of the other ranks first. False: they have agreed on it (a copy, say, which
             not every rank need make).
+        agreed: what the caller makes of the plan, and the ranks must make alike, to be compared with it.
     """
 
-    def __init__(self, plan: Plan, group: Group | None = None, *, agree: bool = True) -> None:
+    def __init__(
+        self, plan: Plan, group: Group | None = None, *, agree: bool = True, agreed: Mapping[str, Any] | None = None
+    ) -> None:
         config, parallel = plan.config, plan.problem.parallel
         if agree and group is not None:
-            _agree(plan, group)  # before the backends are made, which may enter collectives
+            _agree(plan, group, agreed or {})  # before the backends are made, which may enter collectives
         arguments = (config, parallel, plan.scheme, group, config.placement)
         self.plan = plan
         self.expert_map = ExpertMapManager(config.num_experts, parallel.ep_size, parallel.ep_rank, config.placement)
@@ -116,7 +120,7 @@ class MoEKernel:
             shared_out = shared_experts(shared_experts_input)
         join = None
         if order is SharedExpertsOrder.MULTI_STREAM:
-            join = _on_side_stream(shared_experts, shared_experts_input)
+            join = on_side_stream(shared_experts, shared_experts_input)
         flight = self.dispatch(hidden_states, routing)
         finish = self.combine(flight, self.run_experts(flight, weights))
         if order is SharedExpertsOrder.INTERNAL:
@@ -130,6 +134,17 @@ class MoEKernel:
 
     def dispatch(self, hidden_states: torch.Tensor, routing: Routing) -> Flight:
         """First stage: bring the rows to their experts. Every flight goes on to `run_experts` and `combine`."""
+        return self.dispatch_start(hidden_states, routing)()
+
+    def dispatch_start(
+        self, hidden_states: torch.Tensor, routing: Routing, out: torch.Tensor | None = None
+    ) -> Callable[[], Flight]:
+        """The same in two halves, the second of which waits for the rows; it is called exactly once.
+
+        Args:
+            hidden_states, routing: as for `__call__`; not written before the second half.
+            out: `[T, H]`, where the combine shall write; None: the flight brings its own.
+        """
         caps = self.plan.dispatch.capabilities
         if caps.max_in_flight is not None and self._in_flight >= caps.max_in_flight:
             raise MoEError(
@@ -139,16 +154,31 @@ class MoEKernel:
         if self.plan.config.debug:
             self._check_inputs(hidden_states, routing)
         hidden_states, routing = self._admit(hidden_states, routing)
-        out = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
-        receive = self.prepare_finalize.prepare_start(
-            hidden_states,
-            routing,
-            num_experts=self.plan.config.num_experts,
-            expert_map=None if self._maps_to_physical else self.expert_map.expert_map(hidden_states.device),
-            payload=self.plan.payload,
-        )
-        flight = Flight(receive(), routing, out)
+        if out is None:
+            out = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
+        try:
+            receive = self.prepare_finalize.prepare_start(
+                hidden_states,
+                routing,
+                num_experts=self.plan.config.num_experts,
+                expert_map=None if self._maps_to_physical else self.expert_map.expert_map(hidden_states.device),
+                payload=self.plan.payload,
+            )
+        except CollectiveError as error:
+            error.during(f"prepare of {self.plan.dispatch.name}")
+            raise
         self._in_flight += 1
+        return functools.partial(self._arrive, receive, routing, out)
+
+    def _arrive(self, receive: Callable[[], Dispatched], routing: Routing, out: torch.Tensor) -> Flight:
+        """Second half of `dispatch`."""
+        try:
+            flight = Flight(receive(), routing, out)
+        except BaseException as error:
+            self._in_flight -= 1
+            if isinstance(error, CollectiveError):
+                error.during(f"prepare of {self.plan.dispatch.name}")
+            raise
         if self.plan.config.debug:
             try:
                 self._check_dispatched(flight.dispatched)
@@ -186,15 +216,25 @@ class MoEKernel:
             receive = self.prepare_finalize.finalize_start(
                 expert_out, flight.dispatched.handle, flight.routing, flight.out
             )
-        except BaseException:
+        except BaseException as error:
             self._release(flight)
+            if isinstance(error, CollectiveError):
+                error.during(f"finalize of {self.plan.dispatch.name}")
             raise
 
         def finish() -> None:
             self._in_flight -= 1  # not before: until then the backend's buffer is taken
-            receive()
+            try:
+                receive()
+            except CollectiveError as error:
+                error.during(f"finalize of {self.plan.dispatch.name}")
+                raise
 
         return finish
+
+    def abandon(self, flight: Flight) -> None:
+        """Give a dispatched micro-batch up that will not be combined, because something else has failed."""
+        self._release(flight)
 
     def run_from_logits(
         self, hidden_states: torch.Tensor, router_logits: torch.Tensor, weights: ExpertWeights
@@ -308,7 +348,7 @@ def workspace_bytes_by_name(experts: Experts, rows: int, activation_format: Acti
     return {name: _Carving.of({name: shape}).total for name, shape in shapes.items()}
 
 
-def _agree(plan: Plan, group: Group) -> None:
+def _agree(plan: Plan, group: Group, agreed: Mapping[str, Any]) -> None:
     """Hold the group to the plan, and the ranks' plans to one another."""
     parallel = plan.problem.parallel
     name, size, rank = ("tp", parallel.tp_size, parallel.tp_rank)
@@ -322,7 +362,7 @@ def _agree(plan: Plan, group: Group) -> None:
             f"the group is rank {group.rank} of {group.size}, and MoEParallelConfig says {name}_rank = {rank}, "
             f"{name}_size = {size}: pass the group of the ranks that share this layer's experts"
         )
-    fingerprint = plan.fingerprint() | {"group": misfit or "as planned"}  # told to all, so that all end
+    fingerprint = {**plan.fingerprint(), **agreed, "group": misfit or "as planned"}  # told to all, so that all end
     check_agreement(group, fingerprint, plan.advice())
     if misfit:
         raise MoEError(misfit)
@@ -411,7 +451,7 @@ def _with_contiguous_choices(dispatched: Dispatched) -> Dispatched:
 _side_streams: dict[torch.device, Any] = {}
 
 
-def _on_side_stream(run: Callable[[torch.Tensor], torch.Tensor], value: torch.Tensor) -> Callable[[], torch.Tensor]:
+def on_side_stream(run: Callable[[torch.Tensor], torch.Tensor], value: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Start `run(value)` on a second stream; the result waits for it and hands its output to the current stream."""
     stream = _side_streams.get(value.device)
     if stream is None:

@@ -26,7 +26,7 @@ from moe_core.interfaces import BackendFactory, Candidate, RouterFactory, Runner
 from moe_core.quant import QuantMethod
 from moe_core.types import Availability, DispatchCapabilities, ExpertsCapabilities, Priority
 
-BUILTIN_MODULES = ("moe_core.builtin", "moe_core.route", "moe_core.runner")
+BUILTIN_MODULES = ("moe_core.builtin", "moe_core.route", "moe_core.runner", "moe_core.two_batch")
 """What ships with the core enters by the same hooks as everybody else: named here, imported by nobody."""
 
 

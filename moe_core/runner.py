@@ -84,7 +84,7 @@ class MoERunner(torch.nn.Module, MoERunnerInterface):
         self._router = router
         self._group = group
         self._replan = replan
-        self._kernel = MoEKernel(plan, group)
+        self._kernel = self._kernel_of(plan)
         self._layer_key = register_layer(self)
 
     @property
@@ -121,7 +121,7 @@ class MoERunner(torch.nn.Module, MoERunnerInterface):
         """Swap the quantization method: new plan, new kernel, new (empty) weights to be loaded and packed."""
         plan = self._replan(scheme=method.scheme)
         self.routed_experts = RoutedExperts(plan, method, self.routed_experts.device)
-        self._kernel = MoEKernel(plan, self._group)
+        self._kernel = self._kernel_of(plan)
 
     def forward(
         self,
@@ -214,6 +214,12 @@ class MoERunner(torch.nn.Module, MoERunnerInterface):
             routing = Routing(routing.topk_ids.masked_fill(padding, -1), routing.topk_weights)
         if self._load is not None:
             self._load.add(routing.topk_ids)
+        return self._run_kernel(routed_in, routing, shared_in)
+
+    def _run_kernel(
+        self, routed_in: torch.Tensor, routing: Routing, shared_in: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """From routing on: `MoEKernel.__call__`."""
         return self._kernel(
             routed_in,
             routing,
@@ -221,6 +227,10 @@ class MoERunner(torch.nn.Module, MoERunnerInterface):
             shared_experts=self._shared_experts,
             shared_experts_input=shared_in,
         )
+
+    def _kernel_of(self, plan: Plan, *, agree: bool = True) -> MoEKernel:
+        """The kernel that runs a plan. `agree`: as for `MoEKernel`."""
+        return MoEKernel(plan, self._group, agree=agree)
 
     def _assemble(self, routed: torch.Tensor, shared: torch.Tensor | None) -> torch.Tensor:
         """Scale, reduce, transform and add: each exactly once, by the plan's ledger."""
@@ -263,7 +273,7 @@ class MoERunner(torch.nn.Module, MoERunnerInterface):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._kernel = MoEKernel(state["_kernel"], self._group, agree=False)
+        self._kernel = self._kernel_of(state["_kernel"], agree=False)
         self._layer_key = register_layer(self)  # a copy is a layer of its own
 
 

@@ -23,7 +23,7 @@ import torch
 from moe_core.builtin.local import local_ids
 from moe_core.config import Problem
 from moe_core.errors import CapacityError, MoEError
-from moe_core.footprint import payload_row_bytes
+from moe_core.footprint import payload_row_bytes, quantizing_bytes
 from moe_core.interfaces import Group, PrepareAndFinalize
 from moe_core.quant import UNQUANTIZED, QuantScheme
 from moe_core.types import Dispatched, DispatchFootprint, Routing
@@ -157,10 +157,15 @@ def footprint(problem: Problem, payload: str, tokens: int) -> DispatchFootprint:
     scales = ranks * sent * payload_row_bytes(problem, payload)[1]
     told = torch.int64.itemsize if config.max_tokens_per_rank is None else 0
     local = ranks * sent * config.top_k * torch.int32.itemsize if parallel.ep_size > 1 else 0
+    held = ranks * sent * row + scales + local
     return DispatchFootprint(
         rows=ranks * sent,
         dispatch_wire_bytes=(ranks - 1) * (sent * row + told),
         combine_wire_bytes=(ranks - 1) * sums,
-        held_bytes=ranks * sent * row + scales + local,
-        scratch_bytes=max(sent * row + local, sums),
+        held_bytes=held,
+        scratch_bytes=max(
+            sent * row + quantizing_bytes(problem, payload, tokens) - held,  # before anything of `held` is there
+            sent * row + local,
+            sums,
+        ),
     )

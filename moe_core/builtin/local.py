@@ -11,7 +11,7 @@ import torch
 from moe_core import formats
 from moe_core.config import Problem
 from moe_core.errors import MoEError
-from moe_core.footprint import payload_row_bytes
+from moe_core.footprint import payload_row_bytes, quantizing_bytes
 from moe_core.interfaces import PrepareAndFinalize
 from moe_core.quant import UNQUANTIZED, QuantScheme
 from moe_core.types import MODEL_DTYPE_PAYLOAD, Dispatched, DispatchFootprint, Routing
@@ -79,9 +79,11 @@ def footprint(problem: Problem, payload: str, tokens: int) -> DispatchFootprint:
     """Nothing but local ids, where there are other ranks, and the rows of a quantized payload."""
     maps = problem.parallel.ep_size > 1
     rows = 0 if payload == MODEL_DTYPE_PAYLOAD else sum(payload_row_bytes(problem, payload))
+    held = tokens * ((problem.config.top_k * torch.int32.itemsize if maps else 0) + rows)
     return DispatchFootprint(
         rows=tokens,
-        held_bytes=tokens * ((problem.config.top_k * torch.int32.itemsize if maps else 0) + rows),
+        held_bytes=held,
+        scratch_bytes=max(quantizing_bytes(problem, payload, tokens) - held, 0),
         own_output=True,
     )
 

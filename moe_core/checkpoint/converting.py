@@ -20,6 +20,7 @@ import attrs
 import torch
 
 from moe_core import formats
+from moe_core.checkpoint.consistency import check_experts
 from moe_core.checkpoint.layouts import ExpertTensor, expert_blocks
 from moe_core.checkpoint.reader import CONFIG_FILE, Checkpoint
 from moe_core.checkpoint.writer import ShardWriter, layout_bytes
@@ -82,7 +83,7 @@ class Conversion:
 
     Raises:
         UnsupportedError: the source is quantized already, or keeps its experts in a layout that the format has not.
-        CheckpointError: it has no experts.
+        CheckpointError: it has no experts, or they are not whole.
     """
 
     def __init__(self, source: Checkpoint, form: Form) -> None:
@@ -143,6 +144,7 @@ def _experts(source: Checkpoint, form: Form) -> dict[tuple[str, int], dict[str, 
             f"{source.folder}: is quantized already (quantization_config); convert the floating-point checkpoint that "
             "it was made from"
         )
+    check_experts(source)
     experts: dict[tuple[str, int], dict[str, ExpertTensor]] = {}
     for tensors in expert_blocks(source).values():
         for tensor in tensors:

@@ -190,8 +190,9 @@ def _contestants(
         try:
             made = plan(config, experts=name, device=weights.w2.device, routing_is_external=True)
         except UnsupportedError as error:
-            reasons = [item.reason for report in error.rejections for item in report.rejections]
-            refused.append(Result(name, why_not=reasons[0] if reasons else str(error)))
+            found = [item for report in error.rejections for item in report.rejections]
+            found.sort(key=lambda item: item.candidate != f"experts {name}")  # what speaks against itself comes first
+            refused.append(Result(name, why_not=found[0].reason if found else str(error)))
             continue
         kernel = MoEKernel(made)
         steps[name] = lambda x, routing, kernel=kernel: kernel(x, routing, weights)[0]  # type: ignore[misc]

@@ -15,6 +15,7 @@ from moe_core.checkpoint import Checkpoint, check_experts
 from moe_core.checkpoint.reader import CONFIG_FILE, read_config, read_json
 from moe_core.cli import formats, output
 from moe_core.errors import CheckpointError, MoEError, UnsupportedError
+from moe_core.interfaces import Group
 from moe_core.select import Plan
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -34,6 +35,8 @@ class LoadOptions:
     device: torch.device = attrs.field(factory=lambda: torch.device("cpu"))
     trust_remote_code: bool = False
     debug: bool = False
+    group: Group | None = None
+    """The ranks that the experts are spread over."""
 
 
 @attrs.define
@@ -160,7 +163,12 @@ def load_model(folder: Path, options: LoadOptions) -> LoadedModel:
     notes += [reading.note] if reading.note else []
     from moe_core.integrations.transformers import attach, layer_plans  # noqa: PLC0415 - needs transformers
 
-    if reading.scheme:
+    if options.group is not None and reading.dequantize:
+        raise UnsupportedError(
+            f"{folder}: only transformers reads its weights ({reading.dequantize}, dequantized), and it would read all "
+            "experts on every rank; run one process"
+        )
+    if reading.scheme or options.group is not None:
         for line in notes:
             output.note(line)
         return _load_packed(folder, config, options, notes)
@@ -178,12 +186,17 @@ def load_model(folder: Path, options: LoadOptions) -> LoadedModel:
 
 
 def _load_packed(folder: Path, config: Any, options: LoadOptions, notes: list[str]) -> LoadedModel:
-    """A checkpoint that a plugin reads: dense layers dequantized while they load, experts packed as they are stored."""
+    """Experts that moe-core loads itself: packed ones, as they are stored, and those that are spread over ranks."""
     from moe_core.integrations.transformers import packed  # noqa: PLC0415 - needs transformers
+    from moe_core.integrations.transformers.spread import most_tokens, parallel_over  # noqa: PLC0415 - the same
 
     arguments: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     if options.device.type != "cpu":
         arguments["device_map"] = str(options.device)  # layers are planned for where they are
+    if options.group is not None:
+        arguments["parallel"] = parallel_over(options.group, options.dispatch)
+        arguments["group"] = options.group
+        arguments["max_tokens_per_rank"] = most_tokens(options.dispatch)
     output.note("loading the weights …")
     with output.progress_bars_of_transformers(), _LoadReport():
         model, info = packed.from_pretrained(

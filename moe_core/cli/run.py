@@ -13,8 +13,9 @@ from moe_core.cli import output
 from moe_core.cli.generation import Comparison, Generation, compare, generate
 from moe_core.cli.measure import PeakMemory
 from moe_core.cli.models import DTYPES, LoadedModel, LoadOptions, load_model
-from moe_core.cli.options import dispatch_option, experts_option, json_option, real_device
+from moe_core.cli.options import dispatch_option, experts_option, json_option
 from moe_core.cli.plan_text import explain_plans, group_plans
+from moe_core.cli.ranks import ranks
 
 _DEFAULT_IDS = tuple(range(3, 11))  # 0 to 2 are special tokens in most vocabularies
 _DEFAULT_PROMPT = "The capital of France is"
@@ -56,18 +57,40 @@ def run(
 
     DIR holds config.json and safetensors files, sharded or not. Every shard is checked before anything is loaded, and
     nothing is ever downloaded. The plan of each layer is printed with its reasons.
+
+    Under torchrun the experts are spread over its processes, each of which reads its own ones only.
     """
-    target = real_device(device)
-    memory = PeakMemory(target)
-    options = LoadOptions(
-        dispatch=dispatch,
-        experts=experts,
-        scheme=scheme,
-        dtype=DTYPES[dtype] if dtype else None,
-        device=target,
-        trust_remote_code=trust_remote_code,
-        debug=debug,
-    )
+    with ranks(device) as here:
+        options = LoadOptions(
+            dispatch=dispatch,
+            experts=experts,
+            scheme=scheme,
+            dtype=DTYPES[dtype] if dtype else None,
+            device=here.device,
+            trust_remote_code=trust_remote_code,
+            debug=debug,
+            group=here.group,
+        )
+        _run(folder, options, prompt, prompt_ids, max_new_tokens, comparing=comparing, as_json=as_json)
+
+
+def _run(
+    folder: Path,
+    options: LoadOptions,
+    prompt: str | None,
+    prompt_ids: str | None,
+    max_new_tokens: int,
+    *,
+    comparing: bool,
+    as_json: bool,
+) -> None:
+    """Load, generate and print."""
+    memory = PeakMemory(options.device)
+    if comparing and options.group is not None:
+        raise ValueError(
+            "--compare: transformers' own experts would need all weights, and each rank holds its own experts only; "
+            "run one process, or run without --compare"
+        )
     loaded = load_model(folder, options)
     if comparing and not loaded.theirs:
         raise ValueError(

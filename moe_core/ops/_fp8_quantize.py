@@ -21,7 +21,7 @@ class QuantizeRows:
     `beside`: runs beside the kernel before it, which must have nothing to do with it.
     """
 
-    def __init__(self, length: int, *, by_group: bool, power_of_two: bool, pdl: bool, beside: bool = False, counters: int = 0):
+    def __init__(self, length: int, *, by_group: bool, power_of_two: bool, pdl: bool, beside: bool = False):
         from moe_core.ops._kernels.fp8_quantize import quantize_kernel
 
         padded = 1 << (length - 1).bit_length()
@@ -80,7 +80,7 @@ class ExpertScales:
         self._experts = num_experts
         self._amax = KernelLaunch(
             expert_amax_kernel,
-            {"LEN": length, "BLOCK": block, "K": max(top_k, 1), "GATHER": top_k > 0, "BATCHED": batched,
+            {"LEN": length, "BLOCK": block, "K": max(top_k, 1), "GATHER": top_k > 0, "PADDED": batched,
              "PARTS": AMAX_PARTS, "PDL": pdl},
             warps=4, pdl=pdl,
         )  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 
 from moe_core.ops._align import AlignLaunch
 from moe_core.ops._launch import (
+    MAX_ALTERNATING,
     AlternatingConfig,
     ExpertsProblem,
     GroupedConfig,
@@ -173,6 +174,11 @@ class AlternatingDown:
         from moe_core.ops._kernels.alternating import alternating_down_kernel
 
         w2 = check_rows_of_16_bits(weights, problem, "AlternatingConfig")
+        if problem.intermediate_size > MAX_ALTERNATING:
+            raise ValueError(
+                f"AlternatingConfig keeps whole rows of w2 in shared memory: I = {problem.intermediate_size} is over "
+                f"{MAX_ALTERNATING}; use a TileConfig for it"
+            )
         self._weights, self._block_n = weights, config.block_n
         self._padded = max(64, 1 << (problem.intermediate_size - 1).bit_length())
         self._w2 = gluon_map(w2.flatten(0, 1), [config.block_n, self._padded])
@@ -190,8 +196,8 @@ class AlternatingDown:
 
 
 def _row_pieces(columns: int) -> Any:
-    """A layout of [64, columns] whose threads hold 8 neighbours each, in the warp, and among the 4 threads, that the
-    accumulator's layout gives them: from that one values move between 4 threads only."""
+    """A layout of [64, columns] with 8 neighbouring columns a thread: 16 bytes a store. Each row stays with the four
+    threads that the accumulator's layout gives it to, so that values move inside warps only."""
     from triton.experimental.gluon.language import DistributedLinearLayout
 
     further = [[0, 32 << i] for i in range((columns // 32).bit_length() - 1)]

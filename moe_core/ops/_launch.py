@@ -88,6 +88,13 @@ class TileConfig:
     tall: bool = False
     persistent: int = 0  # programs per multiprocessor that walk the tiles; 0: one program per tile
 
+    def __post_init__(self) -> None:
+        if self.tall and not 0 < self.small_m < self.block_m:
+            raise ValueError(
+                f"TileConfig: tall with small_m = {self.small_m}, block_m = {self.block_m}; the tile that goes along "
+                f"needs a height of its own, below block_m"
+            )
+
 
 @dataclass(frozen=True)
 class ScanConfig:
@@ -262,10 +269,11 @@ def tiled_config(problem: ExpertsProblem, rows: float) -> GroupedConfig:
         up = TileConfig(64, 128, 64, 8, 4, small_m=32, tma=up_tma)
         down = TileConfig(64, 128, 64, 4, 3 if short else 4, tma=down_tma)
     else:
-        # Tall tiles: 3 % of the step with 256 rows an expert, 7 % with 128.
-        group = 2 if problem.intermediate_size < 1024 else 8
-        up = TileConfig(128, 128, 64, 8, 4, small_m=64, tall=up_tma, group=group, tma=up_tma)
-        down = TileConfig(128, 256, 64, 8, 4, small_m=64, tall=down_tma, group=4, tma=down_tma)
+        # Tall tiles: 3 % of the step with 256 rows an expert, 7 % with 128; with 64 few experts fill one.
+        tall = rows >= 96
+        group = 2 if problem.intermediate_size < 1024 else 4 if rows < 512 else 8
+        up = TileConfig(128, 128, 64, 8, 4, small_m=64, tall=tall and up_tma, group=group, tma=up_tma)
+        down = TileConfig(128, 256, 64, 8, 4, small_m=64, tall=tall and down_tma, group=4, tma=down_tma)
         if short:
             down = TileConfig(128, 128, 64, 4, 3, small_m=64, tma=down_tma)
     if not up.tma:

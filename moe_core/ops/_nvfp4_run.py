@@ -15,6 +15,7 @@ from moe_core.ops._launch import ExpertsProblem, align_tiles
 from moe_core.ops._nvfp4_launch import (
     COLUMNS_PER_BLOCK,
     MAX_LIST_SLOTS,
+    SHORTEST,
     Nvfp4Config,
     Nvfp4GemmConfig,
     Nvfp4RowsConfig,
@@ -67,11 +68,11 @@ class Slots:
         sizes = {"H": hidden, "I": inner, "K": top_k, "WEIGHT_ON_INPUT": weight_on_input, "PDL": config.pdl}
         self._up = _launch(
             nvfp4_slots_up_kernel, config.up, {**sizes, **weights.activation.constants()},
-            DEPTH=min(config.up.depth, _steps(hidden, 1, config.up)), MASKX=config.up.maskx, FENCE=config.up.fence, pdl=config.pdl,
+            DEPTH=min(config.up.depth, _steps(hidden, 1, config.up)), pdl=config.pdl,
         )  # fmt: skip
         self._down = _launch(
             nvfp4_slots_down_kernel, config.down, sizes,
-            DEPTH=min(config.down.depth, _steps(inner, top_k, config.down)), MASKX=config.down.maskx, FENCE=config.down.fence, pdl=config.pdl,
+            DEPTH=min(config.down.depth, _steps(inner, top_k, config.down)), pdl=config.pdl,
         )  # fmt: skip
 
     def __call__(
@@ -121,11 +122,11 @@ class RowsGemms:
                   "PDL": config.pdl, **weights.activation.constants()}  # fmt: skip
         self._up = _launch(
             nvfp4_rows_kernel, config.up, {**common, "LEN": hidden, "R": up_rows, "N": inner, "UP": True},
-            RT=config.up.tiles, FENCE=config.up.fence, MASKX=config.up.maskx, pdl=config.pdl,
+            RT=config.up.tiles, pdl=config.pdl,
         )  # fmt: skip
         self._down = _launch(
             nvfp4_rows_kernel, config.down, {**common, "LEN": inner, "R": hidden, "N": hidden, "UP": False},
-            RT=config.down.tiles, FENCE=config.down.fence, MASKX=config.down.maskx, pdl=config.pdl,
+            RT=config.down.tiles, pdl=config.pdl,
         )  # fmt: skip
 
     def __call__(
@@ -200,6 +201,8 @@ class Gemm:
         from moe_core.ops._kernels.nvfp4_prepare import nvfp4_permute_kernel
 
         hidden, inner, up_rows = problem.hidden_size, problem.intermediate_size, weights.w13.shape[1]
+        if min(hidden, inner) < SHORTEST:
+            raise ValueError(f"Nvfp4GemmConfig needs H and I of at least {SHORTEST}, not {hidden} and {inner}")
         self._weights, self._problem, self._config = weights, problem, config
         self._bytes = (weights.w13_scale.view(torch.uint8), weights.w2_scale.view(torch.uint8))
         self._permute = KernelLaunch(nvfp4_permute_kernel, {"H": hidden, "BT": 8, "BH": 512}, warps=4)
@@ -208,7 +211,7 @@ class Gemm:
         self._up, self._down = (
             KernelLaunch(
                 nvfp4_gemm_kernel,
-                {**common, **sizes, "BN": tile.block_n, "STAGES": tile.stages, "GROUP": tile.group, "SYNC": tile.sync,
+                {**common, **sizes, "BN": tile.block_n, "STAGES": tile.stages, "GROUP": tile.group,
                  "SPLIT": config.up.block_n // tile.block_n},
                 warps=8,
             )

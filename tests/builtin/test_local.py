@@ -103,7 +103,7 @@ def test_a_handle_is_consumed_exactly_once() -> None:
 
 def test_another_payload_is_refused() -> None:
     x, routing = make_step()
-    with pytest.raises(MoEError, match="payload = 'fp8'; it carries only 'model dtype'"):
+    with pytest.raises(MoEError, match=r"payload = 'fp8' .* it carries 'model dtype', and the scheme's own"):
         prepare(LocalPrepareAndFinalize(), x, routing, payload="fp8")
 
 

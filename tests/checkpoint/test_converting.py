@@ -192,6 +192,10 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(source, 
     safetensors.save_file(held, source / "model.safetensors")
     with pytest.raises(UnsupportedError, match=r"down_proj.*multiple of 16"):
         written(source, tmp_path / "second", "nvfp4")
+    held = {key: value for key, value in tensors().items() if "experts.1.up_proj" not in key}
+    safetensors.save_file(held, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match="no tensor for 'up' of expert 1"):
+        written(source, tmp_path / "second", "fp8-block")
     assert {path.name for path in tmp_path.iterdir()} == {"source", "target", "first"}
 
 

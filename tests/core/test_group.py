@@ -26,6 +26,14 @@ send, receive = ([1, 2], [1, 3]) if rank == 0 else ([3, 0], [2, 0])
 rows = torch.arange(float(sum(send))).view(-1, 1) + 10 * rank
 got = group.all_to_all(rows, send, receive)
 assert got.flatten().tolist() == ([0, 10, 11, 12] if rank == 0 else [1, 2])
+ends = (
+    group.all_gather_start(torch.full((rank + 1, 2), float(rank)), sizes=[1, 2]),
+    group.reduce_scatter_start(torch.arange(6.0).view(3, 2), sizes=[1, 2]),
+    group.all_to_all_start(rows, send, receive),
+    group.all_gather_start(rows[:1]),
+)
+first, second, third, fourth = [end() for end in reversed(ends)][::-1]
+assert first.equal(parts) and second.equal(own) and third.equal(got) and fourth.flatten().tolist() == [0, 10]
 group.store.set(f"said by {rank}", b"x")
 assert group.store.get(f"said by {1 - rank}") == b"x"
 group.barrier()
@@ -65,6 +73,10 @@ if rank == 0:
         group.all_to_all(torch.ones(2, 3), [1, 1], [1, 1])
     except MoEError as error:
         print(error, flush=True)
+    try:
+        group.all_gather_start(torch.ones(2, 3))()
+    except MoEError as error:
+        print(error, flush=True)
 os._exit(0)
 """
 
@@ -77,7 +89,9 @@ def test_a_rank_whose_peer_died_says_who_it_is_and_what_it_was_in(tmp_path: Path
         for rank in range(2)
     ]
     survivor, _ = (process.communicate(timeout=60)[0] for process in started)
-    assert survivor.startswith("rank 0 of 2 in all_to_all: ")
+    whole, halves, _ = survivor.split("\n")
+    assert whole.startswith("rank 0 of 2 in all_to_all: ")
+    assert halves.startswith("rank 0 of 2 in all_gather: ")
     assert "another rank died, or did not come" in survivor
 
 

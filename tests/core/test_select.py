@@ -270,8 +270,8 @@ def test_explain_and_json_hold_the_same_table(problem):
 
 def test_unknown_names_list_the_known_ones_and_the_package(config):
     with pytest.raises(UnsupportedError) as caught:
-        moe_core.plan(config(), dispatch="nixl_ep", device="cpu")
-    for part in ("unknown dispatch 'nixl_ep'", "batched, local", "pip install moe-nixl-ep", "moe-core plugins"):
+        moe_core.plan(config(), dispatch="acme_ep", device="cpu")
+    for part in ("unknown dispatch 'acme_ep'", "batched, local", "pip install moe-acme-ep", "moe-core plugins"):
         assert part in str(caught.value)
     with pytest.raises(UnsupportedError, match=r"unknown experts 'cutlass'; .*torch.* pip install moe-experts-cutlass"):
         moe_core.plan(config(), experts="cutlass", device="cpu")

@@ -14,7 +14,7 @@ import moe_core
 from moe_core.build import method_for_checkpoint
 from moe_core.checkpoint import Checkpoint, load_experts
 from moe_core.config import MoEConfig, MoEParallelConfig
-from moe_core.errors import UnsupportedError
+from moe_core.errors import MoEError, UnsupportedError
 from moe_core.testing import run_on_ranks
 
 pytest.importorskip("transformers")
@@ -108,5 +108,7 @@ def test_one_layer_on_virtual_ranks(axis):
 def test_transformers_own_sharding_is_refused():
     with pytest.raises(UnsupportedError, match=r"tp_plan.*parallel= and group="):
         packed.from_pretrained(FIXTURES / "nvfp4_mixtral", tp_plan="auto")
-    with pytest.raises(Exception, match="cuts a group"):  # 32 columns on 4 ranks are 8 each, half a group
+    with pytest.raises(MoEError, match="group is None"):
+        packed.from_pretrained(FIXTURES / "nvfp4_mixtral", parallel=MoEParallelConfig(tp_size=2))
+    with pytest.raises(UnsupportedError, match="cuts a group"):  # 32 columns on 4 ranks are 8 each, half a group
         packed.from_pretrained(FIXTURES / "nvfp4_mixtral", parallel=MoEParallelConfig(tp_size=4))

@@ -94,6 +94,21 @@ def test_two_warpgroups_in_turns(compiled, sizes):
     assert "setmaxnreg" in compiled[2].asm["ptx"]
 
 
+@pytest.mark.parametrize("columns", [64, 128, 256])
+def test_row_pieces_cover_a_tile_once_and_keep_rows_in_their_warp(columns):
+    from moe_core.ops._grouped import _row_pieces
+
+    layout = _row_pieces(columns)
+    bases = [*layout.reg_bases, *layout.lane_bases, *layout.warp_bases]
+    places = [(0, 0)]
+    for row, column in bases:
+        places += [(r + row, c + column) for r, c in places]
+    assert sorted(places) == [(r, c) for r in range(64) for c in range(columns)]
+    # The accumulator's layout gives 16 rows to each warp.
+    assert layout.warp_bases == [[16, 0], [32, 0]]
+    assert layout.reg_bases[:3] == [[0, 1], [0, 2], [0, 4]]
+
+
 def test_batched(compiled):
     launcher = BatchedExpertsLauncher(**weights(), activation=Activation())
     shapes = launcher.workspace(128)

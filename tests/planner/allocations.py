@@ -9,6 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from moe_core.interfaces import Finish
+
 
 class Allocations(TorchDispatchMode):
     """Counts the bytes of every CPU storage that this thread's operators make, while it is entered.
@@ -66,19 +68,37 @@ class CountingGroup:
         return getattr(self._group, name)
 
     def all_gather(self, tensor: torch.Tensor, sizes: list[int] | None = None) -> torch.Tensor:
-        return self._call("all_gather", lambda whole: whole.nbytes - tensor.nbytes, tensor, sizes)
+        return self.all_gather_start(tensor, sizes)()
 
-    def reduce_scatter(self, tensor: torch.Tensor, sizes: list[int] | None = None) -> torch.Tensor:
-        return self._call("reduce_scatter", lambda own: own.nbytes * (self._group.size - 1), tensor, sizes)
+    def all_gather_start(self, tensor: torch.Tensor, sizes: list[int] | None = None) -> Finish:
+        total = sum(sizes or [len(tensor)] * self._group.size)
+        return self._start("all_gather_start", total, total - len(tensor), tensor, sizes)
+
+    def reduce_scatter_start(self, tensor: torch.Tensor, sizes: list[int] | None = None) -> Finish:
+        own = len(tensor) // self._group.size if sizes is None else sizes[self._group.rank]
+        return self._start("reduce_scatter_start", own, own * (self._group.size - 1), tensor, sizes)
 
     def all_to_all(self, tensor: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
-        others = sum(receive) - receive[self._group.rank]
-        row = tensor[:1].nbytes if len(tensor) else 0
-        return self._call("all_to_all", lambda _: others * row, tensor, send, receive)
+        return self.all_to_all_start(tensor, send, receive)()
 
-    def _call(self, name: str, received: Any, *arguments: Any) -> torch.Tensor:
+    def all_to_all_start(self, tensor: torch.Tensor, send: list[int], receive: list[int]) -> Finish:
+        total = sum(receive)
+        return self._start("all_to_all_start", total, total - receive[self._group.rank], tensor, send, receive)
+
+    def _start(self, name: str, rows: int, received: int, tensor: torch.Tensor, *arguments: Any) -> Finish:
+        """A real group allocates the `rows` of the result when it starts; the virtual one when it ends."""
+        row = tensor.shape[1:].numel() * tensor.itemsize
         with _disable_current_modes():  # a virtual group's copies stand for the wire
-            result: torch.Tensor = getattr(self._group, name)(*arguments)
-        self._allocations.add(result)
-        self.received += received(result)
-        return result
+            collect = getattr(self._group, name)(tensor, *arguments)
+            room = [torch.empty(rows * row, dtype=torch.uint8)]
+        self._allocations.add(room[0])
+
+        def finish() -> torch.Tensor:
+            with _disable_current_modes():
+                result: torch.Tensor = collect()
+            room.clear()
+            self._allocations.add(result)
+            self.received += received * row
+            return result
+
+        return finish

@@ -113,13 +113,14 @@ def test_traffic_that_follows_the_routing_is_told_in_the_mean():
 @needs_batched
 @needs_fp8
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_a_quantized_payload(ranks):
+@pytest.mark.parametrize("dispatch", ["all_gather", "batched"])
+def test_a_quantized_payload(dispatch, ranks):
     """Experts without declared workspaces: the dispatch alone is compared."""
     config = attrs.evolve(CONFIG, max_tokens_per_rank=128)
 
     def work(group: Any) -> None:
         parallel = spread("ep", ranks, group.rank)
-        plan = moe_core.plan(config, parallel=parallel, scheme="fp8_block", dispatch="batched", device="cpu")
+        plan = moe_core.plan(config, parallel=parallel, scheme="fp8_block", dispatch=dispatch, device="cpu")
         assert plan.payload == "fp8_block"
         footprint = plan.dispatch.capabilities.footprint(plan.problem, plan.payload, 128)
         allocations = Allocations()
@@ -133,8 +134,9 @@ def test_a_quantized_payload(ranks):
                 x, given, num_experts=E, expert_map=manager.expert_map("cpu"), payload=plan.payload
             )
             assert allocations.live - before == pytest.approx(footprint.held_bytes, rel=0.02)
+            assert counting.received == pytest.approx(footprint.dispatch_wire_bytes, rel=0.05 * (dispatch == "batched"))
             assert allocations.peak - before <= 1.05 * (footprint.held_bytes + footprint.scratch_bytes)
-        assert dispatched.x.shape[1] == footprint.rows
+        assert dispatched.x.shape[dispatch == "batched"] == footprint.rows
         backend.release(dispatched.handle)
 
     run_on_ranks(ranks, work)

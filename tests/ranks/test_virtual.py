@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from moe_core import MoEError
 from moe_core.testing import Faults, RankDropped, RankFault, run_on_ranks
 
 
@@ -102,6 +103,42 @@ def test_collectives_out_of_order_are_named():
     errors = run_on_ranks(2, work, return_errors=True)
     assert any("out of order: as collective 0" in str(error) for error in errors)
     assert all(isinstance(error, RankFault) for error in errors)
+
+
+def test_halves_give_what_the_whole_gives_also_crossed():
+    def work(group):
+        rows, sizes = torch.arange(4.0).view(4, 1) + 10 * group.rank, [1, 3]
+        mine = rows[: sizes[group.rank]]
+        whole = (
+            group.all_gather(mine, sizes),
+            group.reduce_scatter(rows, sizes),
+            group.all_to_all(rows, [2, 2], [2, 2]),
+        )
+        ends = (
+            group.all_gather_start(mine, sizes),
+            group.reduce_scatter_start(rows, sizes),
+            group.all_to_all_start(rows, [2, 2], [2, 2]),
+        )
+        halves = [end() for end in reversed(ends)][::-1]
+        assert all(map(torch.equal, whole, halves))
+        return whole[0].flatten().tolist(), whole[1].flatten().tolist(), whole[2].flatten().tolist()
+
+    first, second = run_on_ranks(2, work, faults=Faults(jitter=0.002))
+    assert first == ([0, 10, 11, 12], [10], [0, 1, 10, 11])
+    assert second == ([0, 10, 11, 12], [12, 14, 16], [2, 3, 12, 13])
+
+
+def test_what_is_sent_may_not_be_written_before_it_has_arrived():
+    def work(group):
+        rows = torch.full((2, 1), float("nan"))
+        rows.add_(0)
+        group.all_to_all_start(rows, [1, 1], [1, 1])()
+        end = group.all_to_all_start(rows, [1, 1], [1, 1])
+        rows.fill_(group.rank)
+        end()
+
+    with pytest.raises(MoEError, match=r"the tensor of all_to_all .* was written before the collective had ended"):
+        run_on_ranks(2, work)
 
 
 def test_rows_that_do_not_add_up_are_refused():

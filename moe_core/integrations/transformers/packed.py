@@ -34,14 +34,16 @@ import moe_core.checkpoint as checkpoints
 from moe_core import formats
 from moe_core.build import method_for_checkpoint, plan
 from moe_core.config import MoEConfig, MoEParallelConfig
-from moe_core.errors import CheckpointError, UnsupportedError
+from moe_core.errors import CheckpointError, MoEError, UnsupportedError
 from moe_core.integrations.transformers.foreign import experts_modules, top_k_of
 from moe_core.integrations.transformers.gates import recognise_gate
 from moe_core.integrations.transformers.layer import call_layer
+from moe_core.integrations.transformers.spread import run_in_turn
 from moe_core.interfaces import Group
 from moe_core.kernel import MoEKernel
 from moe_core.packed import PackedMethod
-from moe_core.quant import upright
+from moe_core.plugins import registry
+from moe_core.quant import UNQUANTIZED, QuantMethod, upright
 from moe_core.routed_experts import RoutedExperts
 from moe_core.runner import register_layer
 from moe_core.select import Plan
@@ -64,6 +66,7 @@ class _Request:
     parallel: MoEParallelConfig = MoEParallelConfig()
     group: Group | None = None
     debug: bool = False
+    max_tokens_per_rank: int | None = None
 
 
 _asked: contextvars.ContextVar[_Request | None] = contextvars.ContextVar("moe_core_packed_request", default=None)
@@ -78,19 +81,22 @@ def from_pretrained(
     parallel: MoEParallelConfig | None = None,
     group: Group | None = None,
     debug: bool = False,
+    max_tokens_per_rank: int | None = None,
     auto_class: Any = AutoModelForCausalLM,
     **arguments: Any,
 ) -> Any:
     """A transformers model of a quantized checkpoint folder, its experts packed.
 
     Args:
-        folder: a local checkpoint with a `quantization_config` that an installed plugin claims.
+        folder: a local checkpoint with a `quantization_config` that an installed plugin claims, or, where there are
+            several ranks, one without any.
         scheme: the scheme to run it in, where more than one can; None: the checkpoint's own.
         dispatch, experts: names of backends to insist on.
         parallel: how the experts are spread over ranks (ep_size or tp_size); each rank reads and holds its own share
             of them, and all the rest of the model. None: one rank.
         group: the ranks, where there is more than one; all must be given the same tokens.
         debug: check ids and shapes on every step, which reads values on the host.
+        max_tokens_per_rank: how many tokens a rank dispatches at once, where the tokens are shared out too (sp_size).
         auto_class: whose `from_pretrained` is called.
         arguments: what that takes besides, such as `dtype`.
 
@@ -106,11 +112,13 @@ def from_pretrained(
         )
     config = AutoConfig.from_pretrained(folder)
     stored = checkpoints.quantization_config(Path(folder), config.to_dict())
-    if not stored:
+    if not stored and group is None:
         raise UnsupportedError(f"{folder}: config.json has no quantization_config; load it with transformers as it is")
-    method_for_checkpoint(stored, scheme)  # refused before anything is read
-    config.quantization_config = PackedConfig(METHOD, stored).to_dict()  # where there is one, a dict is looked for
-    token = _asked.set(_Request(scheme, dispatch, experts, parallel or MoEParallelConfig(), group, debug))
+    _method_of(stored, scheme)  # refused before anything is read
+    # where there is one, a dict is looked for
+    config.quantization_config = PackedConfig(METHOD, stored or {}).to_dict()
+    spread = parallel or MoEParallelConfig()
+    token = _asked.set(_Request(scheme, dispatch, experts, spread, group, debug, max_tokens_per_rank))
     try:
         return auto_class.from_pretrained(folder, config=config, **arguments)
     finally:
@@ -123,7 +131,7 @@ class PackedConfig(QuantizationConfigMixin):
 
     Args:
         quant_method: `METHOD`, or the checkpoint's own.
-        stored: all of it; None: `rest` is.
+        stored: all of it, {} where there is none; None: `rest` is.
         rest: what transformers reads from config.json.
     """
 
@@ -146,12 +154,9 @@ class PackedQuantizer(HfQuantizer):
         self.folder = Path()
         self.method()  # refused before anything is read
 
-    def method(self) -> PackedMethod:
+    def method(self) -> QuantMethod:
         """A method of its own for each layer."""
-        found = method_for_checkpoint(self.quantization_config.stored, self.request.scheme)
-        if not isinstance(found, PackedMethod):
-            raise UnsupportedError(f"scheme {found.scheme.name} does not say what a checkpoint's dense layers hold")
-        return found
+        return _method_of(self.quantization_config.stored, self.request.scheme)
 
     def is_serializable(self) -> bool:
         return False
@@ -174,11 +179,14 @@ class PackedQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Without the converters that would stack experts, with one that dequantizes all other layers."""
         kept = [c for c in weight_conversions if not _is_of_experts(c)]
-        suffixes = ["weight", *(name for name in self.method().checkpoint_suffixes if "_" in name)]
+        method = self.method()
+        if not isinstance(method, PackedMethod):
+            return kept
+        suffixes = ["weight", *(name for name in method.checkpoint_suffixes if "_" in name)]
         # before 5.18 patterns are searched unanchored, and "weight" would swallow "weight_scale" too
         return [
             *kept,
-            WeightConverter([f"{name}$" for name in suffixes], "weight", operations=[_Dequantize(self.method())]),
+            WeightConverter([f"{name}$" for name in suffixes], "weight", operations=[_Dequantize(method)]),
         ]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -210,6 +218,7 @@ class PackedQuantizer(HfQuantizer):
             dtype=model.dtype,
             activation=activation,
             debug=asked.debug,
+            max_tokens_per_rank=asked.max_tokens_per_rank,
         )
         method = self.method()
         chosen = plan(
@@ -229,10 +238,15 @@ class PackedExperts(RoutedExperts):
 
     Args:
         plan, quant_method, device: as for `RoutedExperts`.
-        group: the ranks that share the experts, or None.
+        group: the ranks that share the experts; None: there is one.
+
+    Raises:
+        MoEError: there are several, and no group.
     """
 
-    def __init__(self, plan: Plan, quant_method: PackedMethod, device: torch.device, group: Group | None) -> None:
+    def __init__(self, plan: Plan, quant_method: QuantMethod, device: torch.device, group: Group | None) -> None:
+        if group is None and not plan.output_is_reduced:
+            raise MoEError("packed experts are spread over ranks, and group is None: pass the ranks' Group")
         super().__init__(plan, quant_method, device)
         self.group = group
         self._kernel = MoEKernel(plan, group)
@@ -248,12 +262,27 @@ class PackedExperts(RoutedExperts):
         """`[..., H]`, ids and weights `[..., K]` → `[..., H]`, summed over K and over the ranks."""
         ids = top_k_index.reshape(-1, top_k_index.shape[-1])
         x = hidden_states.reshape(-1, hidden_states.shape[-1]).to(self.config.dtype)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            out, _ = self._kernel(x, Routing(ids, top_k_weights.reshape(ids.shape).to(torch.float32)), self.weights)
-            if not self._kernel.plan.output_is_reduced:
-                assert self.group is not None, "experts that are spread have a group"
-                out = self.group.all_reduce(out)
+        routing = Routing(ids, top_k_weights.reshape(ids.shape).to(torch.float32))
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):  # experts write into buffers of the model dtype
+                out = self._step(x, routing)
+        else:
+            out = self._step(x, routing)
         return out.to(hidden_states.dtype).reshape(hidden_states.shape)
+
+    @torch.no_grad()
+    def _step(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        most = self.config.max_tokens_per_rank
+        if self.parallel.sp_size > 1 and self.group is not None and most is not None:
+            return run_in_turn(self._reduced, x, routing, self.group, most)
+        return self._reduced(x, routing)
+
+    def _reduced(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        out, _ = self._kernel(x, routing, self.weights)
+        if self._kernel.plan.output_is_reduced:
+            return out
+        assert self.group is not None, "the constructor saw to it"
+        return self.group.all_reduce(out)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle carries the plan; the kernel is made anew, since backends may hold device buffers."""
@@ -263,6 +292,21 @@ class PackedExperts(RoutedExperts):
         super().__setstate__(state)
         self._kernel = MoEKernel(state["_kernel"], self.group, agree=False)
         self.layer_key = register_layer(self)  # a copy is a layer of its own
+
+
+def _method_of(stored: dict[str, Any] | None, scheme: str | None) -> QuantMethod:
+    """What reads a checkpoint: by its `quantization_config`, or, where it has none, as it is.
+
+    Raises:
+        UnsupportedError: nobody reads it, or not its dense layers.
+    """
+    if not stored:
+        plain: QuantMethod = registry().find("quant_methods", scheme or UNQUANTIZED.name).factory()
+        return plain
+    found = method_for_checkpoint(stored, scheme)
+    if not isinstance(found, PackedMethod):
+        raise UnsupportedError(f"scheme {found.scheme.name} does not say what a checkpoint's dense layers hold")
+    return found
 
 
 class _Dequantize(ConversionOps):

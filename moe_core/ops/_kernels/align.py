@@ -1,4 +1,4 @@
-"""Groups slots by expert and cuts each group into row tiles: one launch, stable, no atomics, no shared state.
+"""Groups slots by expert and cuts each group into row tiles: one launch, stable, no shared state.
 
 T tokens · E_l local experts · C row capacity · K top-k; slot s = t * K + k.
 
@@ -75,7 +75,7 @@ def _write_list(
     for i in tl.range(0, valid_slots, BLOCK):
         slot = i + tl.arange(0, BLOCK)
         chosen = tl.load(ids + slot, mask=slot < valid_slots, other=-1).to(tl.int32)
-        counts += tl.histogram(chosen, EP, mask=chosen >= 0)
+        counts += tl.histogram(chosen, EP, mask=(chosen >= 0) & (chosen < E))
     e = tl.arange(0, EP)
     offset = tl.cumsum(counts, 0) - counts
     tiles = tl.cdiv(counts, BM)

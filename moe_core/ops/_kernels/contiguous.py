@@ -4,7 +4,8 @@ T tokens · H hidden · I intermediate · E_l local experts · C row capacity ·
 
 Rows stand in blocks of BM that belong to one expert each. STANDARD: an expert's blocks follow the one's before it, and
 rows that fill its last one up have expert -1. BATCHED: expert e has the rows from e * RB on, of which the first
-tokens_per_expert[e] count. Scales stand transposed, `[RB blocks, G, RB]` with G groups of 128 columns, as tensor-map loads of a column want.
+tokens_per_expert[e] count. Scales stand transposed, `[RB blocks, G, RB]` with G groups of 128 columns, as tensor-map
+loads of a column want.
 """
 
 import triton

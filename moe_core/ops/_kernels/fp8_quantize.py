@@ -63,24 +63,20 @@ def _row_is_used(row, row_end, capacity):
 
 @triton.jit(do_not_specialize=["capacity"])
 def quantize_kernel(
-    x, q, scale, row_end, counters, capacity, stride_x: tl.constexpr,
+    x, q, scale, row_end, capacity, stride_x: tl.constexpr,
     LEN: tl.constexpr, GS: tl.constexpr, GROUPS: tl.constexpr, BG: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr, PDL: tl.constexpr, WAIT_LAST: tl.constexpr, COUNTERS: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr, PDL: tl.constexpr, WAIT_LAST: tl.constexpr,
 ):  # fmt: skip
     """q [rows, LEN] and scale [rows, GROUPS] of x, BG groups of a row in a program; with `row_end` used rows only.
 
     WAIT_LAST: the kernel before reads and writes nothing of this one's and has itself waited for those before, so the
-    two run side by side; what comes next is then behind both. COUNTERS: so many of `counters` belong to a row, and are
-    set to zero for a kernel that comes later.
+    two run side by side; what comes next is then behind both.
     """
     row = tl.program_id(0).to(tl.int64)
     if PDL:
         if not WAIT_LAST:
             gdc_wait()
         gdc_launch_dependents()
-    for i in tl.range(0, COUNTERS, 128):
-        at = i + tl.arange(0, 128)
-        tl.store(counters + row * COUNTERS + at, tl.zeros((128,), tl.int32), mask=at < COUNTERS)
     used = True
     if row_end is not None:
         used = _row_is_used(row, row_end, capacity)
@@ -139,17 +135,20 @@ def quantize_by_expert_kernel(
 @triton.jit(do_not_specialize=["capacity"])
 def expert_amax_kernel(
     x, slot_of_row, row_end, partial, capacity, stride_x: tl.constexpr,
-    LEN: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr, BATCHED: tl.constexpr,
+    LEN: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr, PADDED: tl.constexpr,
     PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """partial [E, PARTS]: the largest magnitude among every PARTSth row of one expert's."""
+    """partial [E, PARTS]: the largest magnitude among every PARTSth row of one expert's.
+
+    PADDED: rows are numbered as in the batched format.
+    """
     expert = tl.program_id(0)
     part = tl.program_id(1)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     end = tl.load(row_end + expert)
-    if BATCHED:
+    if PADDED:
         start = expert * capacity
     else:
         start = tl.load(row_end + expert - 1, mask=expert > 0, other=0)

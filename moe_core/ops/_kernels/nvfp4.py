@@ -7,7 +7,8 @@ twin is `nvfp4_experts_torch`.
 
 T tokens · H hidden · I intermediate · E_l local experts · K top-k · C row capacity; slot s = t * K + k. LEN is the
 length of the dot products, R the rows of a weight matrix, NT eights of activation rows a program multiplies at once.
-WR warps stand along the rows, WK along LEN. A block is four tiles along LEN.
+WR warps stand along the rows, WK along LEN. A block is four tiles along LEN. Right sides without a row of their own are
+read from some legal row: a column of a product depends on its own row alone, and theirs are not stored.
 """
 
 from triton.experimental import gluon
@@ -73,7 +74,10 @@ def gdc_launch_dependents():
 
 @gluon.jit
 def loads_stay_above():
-    """ptxas moves loads down to where their values are needed, one latency after another, but not past this."""
+    """ptxas moves loads down to where their values are needed, one latency after another, but not past this.
+
+    For a warp that asks for several blocks ahead; with one block ahead, more warps hide more than the order of loads.
+    """
     gl.inline_asm_elementwise(
         "bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1
     )
@@ -106,48 +110,38 @@ def load_tiles(w_ptr, s_ptr, lane, i, ok, COUNT: gl.constexpr):
     """
     loaded = ()
     for b in gl.static_range(COUNT):
-        loaded = loaded + (gl.load(w_ptr + (512 * i + 128 * b)[:, None], mask=ok[:, None], other=0),)
+        loaded = loaded + (gl.load(w_ptr + (512 * i + 128 * b)[:, None], mask=ok[:, None], other=0),)  # type: ignore[assignment]
     for pair in gl.static_range((COUNT + 1) // 2):
         if 2 * pair + 1 < COUNT:
-            loaded = loaded + (gl.load(s_ptr + 32 * (2 * i + pair) + lane, mask=ok, other=0),)
+            loaded = loaded + (gl.load(s_ptr + 32 * (2 * i + pair) + lane, mask=ok, other=0),)  # type: ignore[assignment]
         else:
             word = gl.load(s_ptr + 32 * (2 * i + pair) + lane // 2, mask=ok, other=0)
-            loaded = loaded + (word >> 16 * (lane % 2),)
+            loaded = loaded + (word >> 16 * (lane % 2),)  # type: ignore[assignment]
     return loaded
 
 
 @gluon.jit
-def _load_columns(x_ptrs, x_ok, at, ok, MASKED: gl.constexpr, MASKX: gl.constexpr, NT: gl.constexpr):
+def _load_columns(x_ptrs, at, ok, MASKED: gl.constexpr, NT: gl.constexpr):
     """A lane's 16 columns of each of NT activation rows, 4 + 4 words a row."""
     loaded = ()
     for n in gl.static_range(NT):
-        here = x_ok[n]
-        if MASKED:
-            here = here & ok
         for half in gl.static_range(2):
             ptr = x_ptrs[n] + (at + 4 * half)[:, None]
-            if MASKX:
-                loaded = loaded + (gl.load(ptr, mask=here[:, None], other=0),)
-            elif MASKED:
-                loaded = loaded + (gl.load(ptr, mask=ok[:, None], other=0),)
+            if MASKED:
+                loaded = loaded + (gl.load(ptr, mask=ok[:, None], other=0),)  # type: ignore[assignment]
             else:
-                loaded = loaded + (gl.load(ptr),)
+                loaded = loaded + (gl.load(ptr),)  # type: ignore[assignment]
     return loaded
 
 
 @gluon.jit
-def multiply_tiles(tiles, x_ptrs, x_ok, i, accs, ok, MASKED: gl.constexpr, MASKX: gl.constexpr, COUNT: gl.constexpr, NT: gl.constexpr, FENCE: gl.constexpr):
+def multiply_tiles(tiles, x_ptrs, i, accs, ok, MASKED: gl.constexpr, COUNT: gl.constexpr, NT: gl.constexpr):
     """accs[n] += the weights of `load_tiles` @ activation rows x_ptrs[n], whose columns are read group by group.
 
     MASKED: the tiles are zeros where not `ok`, and so must the activations be, which may hold Inf or NaN.
     """
-    columns = _load_columns(x_ptrs, x_ok, 128 * i, ok, MASKED, MASKX, NT)
     for b in gl.static_range(COUNT):
-        x = columns
-        if b + 1 < COUNT:
-            columns = _load_columns(x_ptrs, x_ok, 128 * i + 32 * (b + 1), ok, MASKED, MASKX, NT)
-            if NT > 1 and FENCE:
-                loads_stay_above()
+        x = _load_columns(x_ptrs, 128 * i + 32 * b, ok, MASKED, NT)
         a0, a1, a2, a3 = expand(tiles[b], tiles[COUNT + b // 2], 16 * (b % 2))
         new = ()
         for n in gl.static_range(NT):
@@ -155,7 +149,7 @@ def multiply_tiles(tiles, x_ptrs, x_ok, i, accs, ok, MASKED: gl.constexpr, MASKX
                 _MULTIPLY, _MULTIPLY_OPERANDS, [a0, a1, a2, a3, x[2 * n], x[2 * n + 1], accs[n]], dtype=gl.float32,
                 is_pure=True, pack=4,
             )  # fmt: skip
-            new = new + (acc,)
+            new = new + (acc,)  # type: ignore[assignment]
         accs = new
     return accs
 

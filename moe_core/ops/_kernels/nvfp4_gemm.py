@@ -1,6 +1,6 @@
-"""NVFP4 experts for many rows: grouped GEMMs whose left side, the weights, becomes bfloat16 in registers (Gluon, Hopper).
+"""NVFP4 experts for many rows: grouped GEMMs whose weights become bfloat16 in registers (Gluon, Hopper).
 
-Weights are the left side of wgmma, 128 rows a program, because a left side may come from registers: the lane that loads
+128 rows of weights a program are the left side of wgmma, because that one may come from registers: the lane that loads
 16 packed bytes holds what four products want of it, as in `nvfp4.py`. Rows of activations are the right side, through
 shared memory. They must stand in the order in which the lanes hold the weights' columns, so `nvfp4_permute_kernel`
 reorders x once, inside each 64 columns, and the up product writes `act` that way.
@@ -13,7 +13,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
-    fence_async_shared,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -27,7 +26,7 @@ _KEEP_OPERANDS = gl.constexpr("=r,r,r")
 
 @gluon.jit
 def _left_side(words, scales, LAYOUT: gl.constexpr):
-    """Codes `[256, 4]` and scales `[256]` of 8 tiles, one a warp, as bfloat16 `[128, 64]`: no value changes its lane."""
+    """Codes `[256, 4]` and scales `[256]` of 8 tiles, one a warp, as bfloat16 `[128, 64]`; no value leaves its lane."""
     a0, a1, a2, a3 = expand(words, scales, 0)
     pairs = gl.join(gl.join(a0, a2), gl.join(a1, a3))
     pairs = gl.join(pairs, pairs)
@@ -61,15 +60,25 @@ def _left_side_of(w_buf, s_buf, k, TILES: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _all_warps():
+    """Wait for every warp of the program."""
+    gl.inline_asm_elementwise(
+        "bar.sync 0; mov.u32 $0, 0;", "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
 def _product(
-    x_ptr, w_ptr, s_ptr, x_bufs, w_bufs, s_bufs, lane, TILES: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, SYNC: gl.constexpr,
+    x_ptr, w_ptr, s_ptr, x_bufs, w_bufs, s_bufs, lane, TILES: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """`[128, BN]` float32. While a step's product runs, the next step's weights are expanded."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BN, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     for k in gl.static_range(STAGES - 1):
         if k < TILES:
-            _copy_step(x_ptr, w_ptr, s_ptr, x_bufs.index(k).slice(0, BN), w_bufs.index(k), s_bufs.index(k), lane, k, TILES)
+            _copy_step(
+                x_ptr, w_ptr, s_ptr, x_bufs.index(k).slice(0, BN), w_bufs.index(k), s_bufs.index(k), lane, k, TILES
+            )  # fmt: skip
         async_copy.commit_group()
     acc = gl.zeros((128, BN), gl.float32, ACC)
     async_copy.wait_group(STAGES - 2)
@@ -77,11 +86,6 @@ def _product(
     for k in range(TILES):
         # Steps k and k + 1 are there, and all warps are done with step k - 1, whose buffers are filled next.
         async_copy.wait_group(STAGES - 3)
-        if SYNC == 1:
-            fence_async_shared()
-        elif SYNC == 2:
-            fence_async_shared()
-            gl.inline_asm_elementwise("bar.sync 0; mov.u32 $0, 0;", "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1)
         acc = warpgroup_mma(left, x_bufs.index(k % STAGES).slice(0, BN).permute((1, 0)), acc, is_async=True)
         ahead = k + STAGES - 1
         if ahead < TILES:
@@ -96,6 +100,8 @@ def _product(
         # `left` lives as long as the product reads it, and what follows is ready before anyone waits.
         acc, left, following = warpgroup_mma_wait(0, deps=(acc, left, following))
         left = following
+    # What comes next may use these buffers' memory, and the other warps' last product still reads from it.
+    _all_warps()
     return acc
 
 
@@ -147,7 +153,7 @@ def _tile(
     block, stride_x: gl.constexpr, stride_c: gl.constexpr, LEN: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
     UP: gl.constexpr, GATHER: gl.constexpr, ACT: gl.constexpr, GATED: gl.constexpr, UP_FIRST: gl.constexpr,
     INTERLEAVED: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr,
-    BN: gl.constexpr, STAGES: gl.constexpr, SYNC: gl.constexpr,
+    BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Rows row_0 to row_0 + BN of c (those before `last`), for one block of weight rows."""
     X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
@@ -155,7 +161,7 @@ def _tile(
     if GATHER:
         row = gl.load(slot_of_row + row) // K
     x_ptr = x + (row.to(gl.int64) * stride_x)[:, None] + gl.arange(0, 64, gl.SliceLayout(0, X))[None, :]
-    acc = _product(x_ptr, w_ptr, s_ptr, x_bufs, w_bufs, s_bufs, lane, LEN // 64, BN, STAGES, SYNC)
+    acc = _product(x_ptr, w_ptr, s_ptr, x_bufs, w_bufs, s_bufs, lane, LEN // 64, BN, STAGES)
     WIDTH: gl.constexpr = 64 if UP and GATED else 128
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [8, 1], [1, 0])
     if UP:
@@ -183,7 +189,7 @@ def nvfp4_gemm_kernel(
     LEN: gl.constexpr, R: gl.constexpr, N: gl.constexpr, K: gl.constexpr, UP: gl.constexpr, GATHER: gl.constexpr,
     ACT: gl.constexpr, GATED: gl.constexpr, UP_FIRST: gl.constexpr, INTERLEAVED: gl.constexpr,
     ALPHA: gl.constexpr, LIMIT: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr,
-    BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr, SYNC: gl.constexpr, num_warps: gl.constexpr,
+    BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """c = activation(x rows @ w[e].T) per expert (the down product: without one), BN rows by 128 rows of weights.
 
@@ -221,12 +227,12 @@ def nvfp4_gemm_kernel(
         if last - row_0 <= BN // 4:
             _tile(x, slot_of_row, weights, w_ptr, s_ptr, scale, scale_2, bias, c, x_bufs, w_bufs, s_bufs, lane, expert,
                   row_0, last, block, stride_x, stride_c, LEN, N, K, UP, GATHER, ACT, GATED, UP_FIRST, INTERLEAVED,
-                  ALPHA, LIMIT, WEIGHT_ON_INPUT, BN // 4, STAGES, SYNC)  # fmt: skip
+                  ALPHA, LIMIT, WEIGHT_ON_INPUT, BN // 4, STAGES)  # fmt: skip
         elif last - row_0 <= BN // 2:
             _tile(x, slot_of_row, weights, w_ptr, s_ptr, scale, scale_2, bias, c, x_bufs, w_bufs, s_bufs, lane, expert,
                   row_0, last, block, stride_x, stride_c, LEN, N, K, UP, GATHER, ACT, GATED, UP_FIRST, INTERLEAVED,
-                  ALPHA, LIMIT, WEIGHT_ON_INPUT, BN // 2, STAGES, SYNC)  # fmt: skip
+                  ALPHA, LIMIT, WEIGHT_ON_INPUT, BN // 2, STAGES)  # fmt: skip
         else:
             _tile(x, slot_of_row, weights, w_ptr, s_ptr, scale, scale_2, bias, c, x_bufs, w_bufs, s_bufs, lane, expert,
                   row_0, last, block, stride_x, stride_c, LEN, N, K, UP, GATHER, ACT, GATED, UP_FIRST, INTERLEAVED,
-                  ALPHA, LIMIT, WEIGHT_ON_INPUT, BN, STAGES, SYNC)  # fmt: skip
+                  ALPHA, LIMIT, WEIGHT_ON_INPUT, BN, STAGES)  # fmt: skip

@@ -27,8 +27,10 @@ def nvfp4_list_kernel(
     tl.store(row_end + expert, row_0 + tl.sum(hit, 0))
 
 
-@triton.jit
-def nvfp4_permute_kernel(x, out, num_tokens, stride_x: tl.constexpr, H: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr):
+@triton.jit(do_not_specialize=["num_tokens"])
+def nvfp4_permute_kernel(
+    x, out, num_tokens, stride_x: tl.constexpr, H: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr
+):
     """out[t, 64 c + 16 j + 8 p + 2 q + b] = x[t, 64 c + 16 q + 4 j + 2 p + b], for BT tokens and BH columns."""
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     column = tl.program_id(1) * BH + tl.arange(0, BH)

@@ -13,7 +13,6 @@ from moe_core.ops._kernels.nvfp4 import (
     gdc_launch_dependents,
     gdc_wait,
     load_tiles,
-    loads_stay_above,
     multiply_tiles,
     result_pairs,
     row_tile,
@@ -38,18 +37,18 @@ def _eight_rows(slot_of_row, row_0, m_0, count, LISTED: gl.constexpr, LAYOUT: gl
 @gluon.jit
 def _per_lane(eight, LAYOUT: gl.constexpr):
     """`[8]` -> `[threads]`: lane 4 * g + q gets value g."""
-    spread = gl.zeros((gl.num_warps(), 8, 4), eight.dtype, gl.BlockedLayout([1, 1, 1], [1, 8, 4], [gl.num_warps(), 1, 1], [2, 1, 0]))
-    inner: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, spread.type.layout))
-    spread += gl.convert_layout(eight, inner)[None, :, None]
+    SPREAD: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [gl.num_warps(), 1, 1], [2, 1, 0])
+    spread = gl.zeros((gl.num_warps(), 8, 4), eight.dtype, SPREAD)
+    spread += gl.convert_layout(eight, gl.SliceLayout(0, gl.SliceLayout(2, SPREAD)))[None, :, None]
     return gl.convert_layout(gl.reshape(spread, (32 * gl.num_warps(),)), LAYOUT)
 
 
 @gluon.jit
 def _per_result(eight, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
     """`[8]` -> `[ROWS, 2]`: result line 4 * g + q gets values 2 q and 2 q + 1."""
-    spread = gl.zeros((ROWS // 4, 4, 2), eight.dtype, gl.BlockedLayout([1, 1, 2], [8, 4, 1], [gl.num_warps(), 1, 1], [2, 1, 0]))
-    inner: gl.constexpr = gl.SliceLayout(0, spread.type.layout)
-    spread += gl.convert_layout(gl.reshape(eight, (4, 2)), inner)[None, :, :]
+    SPREAD: gl.constexpr = gl.BlockedLayout([1, 1, 2], [8, 4, 1], [gl.num_warps(), 1, 1], [2, 1, 0])
+    spread = gl.zeros((ROWS // 4, 4, 2), eight.dtype, SPREAD)
+    spread += gl.convert_layout(gl.reshape(eight, (4, 2)), gl.SliceLayout(0, SPREAD))[None, :, :]
     return gl.convert_layout(gl.reshape(spread, (ROWS, 2)), LAYOUT)
 
 
@@ -104,8 +103,7 @@ def nvfp4_rows_kernel(
     LEN: gl.constexpr, R: gl.constexpr, N: gl.constexpr, K: gl.constexpr, UP: gl.constexpr, BATCHED: gl.constexpr,
     ACT: gl.constexpr, GATED: gl.constexpr, UP_FIRST: gl.constexpr, INTERLEAVED: gl.constexpr,
     ALPHA: gl.constexpr, LIMIT: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr, NT: gl.constexpr,
-    WR: gl.constexpr, WK: gl.constexpr, RT: gl.constexpr, PDL: gl.constexpr, FENCE: gl.constexpr, MASKX: gl.constexpr,
-    num_warps: gl.constexpr,
+    WR: gl.constexpr, WK: gl.constexpr, RT: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """c = activation(x rows @ w[e].T) of program 1's expert, or for the down product without one, for RT * WR tiles.
 
@@ -140,22 +138,20 @@ def nvfp4_rows_kernel(
             slots = ()
             for n in gl.static_range(NT):
                 row, slot = _eight_rows(slot_of_row, row_0, m_0 + 8 * n, count, not BATCHED, EIGHT)
-                rows = rows + (row,)
-                slots = slots + (slot,)
+                rows = rows + (row,)  # type: ignore[assignment]
+                slots = slots + (slot,)  # type: ignore[assignment]
             if PDL and not UP:
                 gdc_wait()
             x_ptrs = ()
-            x_ok = ()
             for n in gl.static_range(NT):
-                x_row = rows[n]
+                x_row = rows[n]  # type: ignore[var-annotated]
                 if UP and not BATCHED:
                     x_row = slots[n] // K
-                x_ptrs = x_ptrs + (row_words(x, _per_lane(x_row, gl.SliceLayout(1, L)), lane % 4, stride_x),)
-                x_ok = x_ok + (m_0 + 8 * n + lane // 4 < count,)
+                x_ptrs = x_ptrs + (row_words(x, _per_lane(x_row, gl.SliceLayout(1, L)), lane % 4, stride_x),)  # type: ignore[assignment]
             for r in range(RT):
                 accs = ()
-                for n in gl.static_range(NT):
-                    accs = accs + (gl.zeros((32 * num_warps, 4), gl.float32, L),)
+                for _ in gl.static_range(NT):
+                    accs = accs + (gl.zeros((32 * num_warps, 4), gl.float32, L),)  # type: ignore[assignment]
                 tail = load_tiles(w_ptr, s_ptr, lane, BLOCKS + first * 0, mine, TAIL)
                 for step in range(STEPS):
                     i = first + step * WK
@@ -167,11 +163,9 @@ def nvfp4_rows_kernel(
                             ahead = first
                             there = (first < BLOCKS) & (r + 1 < RT)
                     following = load_tiles(w_ptr, s_ptr, lane, ahead, there, 4)
-                    if FENCE:
-                        loads_stay_above()
-                    accs = multiply_tiles(block, x_ptrs, x_ok, i, accs, i < BLOCKS, STEPS * WK > BLOCKS, MASKX, 4, NT, FENCE)
+                    accs = multiply_tiles(block, x_ptrs, i, accs, i < BLOCKS, STEPS * WK > BLOCKS, 4, NT)
                     block = following
-                accs = multiply_tiles(tail, x_ptrs, x_ok, BLOCKS + first * 0, accs, mine, WK > 1, MASKX, TAIL, NT, FENCE)
+                accs = multiply_tiles(tail, x_ptrs, BLOCKS + first * 0, accs, mine, WK > 1, TAIL, NT)
                 for n in gl.static_range(NT):
                     _store_rows(
                         accs[n], rows[n] if UP else slots[n], slots[n], weights, scale, scale_2, bias, c, expert,

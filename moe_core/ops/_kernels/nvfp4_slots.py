@@ -1,7 +1,7 @@
 """NVFP4 experts for few tokens: every (token, choice) slot reads its own expert, no sort, two kernels (Gluon).
 
 T tokens · H hidden · I intermediate · E_l local experts · K top-k; slot s = t * K + k. Warps, tiles and blocks as in
-`nvfp4.py`. A product's right side takes 8 rows; here lanes 0 to 3 bring the one there is.
+`nvfp4.py`. A product's right side takes 8 rows; here they are all the same.
 """
 
 from triton.experimental import gluon
@@ -28,8 +28,7 @@ def nvfp4_slots_up_kernel(
     H: gl.constexpr, I: gl.constexpr, K: gl.constexpr,
     ACT: gl.constexpr, GATED: gl.constexpr, UP_FIRST: gl.constexpr, INTERLEAVED: gl.constexpr,
     ALPHA: gl.constexpr, LIMIT: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr,
-    WR: gl.constexpr, WK: gl.constexpr, DEPTH: gl.constexpr, PDL: gl.constexpr, MASKX: gl.constexpr, FENCE: gl.constexpr,
-    num_warps: gl.constexpr,
+    WR: gl.constexpr, WK: gl.constexpr, DEPTH: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """act[s] = router weight * w2's global scale * activation(x[t] @ w13[e].T), for WR tiles of rows and one slot."""
     L: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [num_warps, 1], [1, 0])
@@ -63,12 +62,11 @@ def nvfp4_slots_up_kernel(
         ring = ()
         for d in gl.static_range(DEPTH):
             i = first + d * WK
-            ring = ring + (load_tiles(w_ptr, s_ptr, lane, i, i < BLOCKS, 4),)
+            ring = ring + (load_tiles(w_ptr, s_ptr, lane, i, i < BLOCKS, 4),)  # type: ignore[assignment]
         mine = first == BLOCKS % WK
         tail = load_tiles(w_ptr, s_ptr, lane, BLOCKS + first * 0, mine, TAIL)
         loads_stay_above()
         x_ptrs = (row_words(x, slot // K + lane * 0, lane % 4, stride_x),)
-        x_ok = (lane < 4,)
         accs = (gl.zeros((32 * num_warps, 4), gl.float32, L),)
         for start in range(0, STEPS, DEPTH):
             new = ()
@@ -76,13 +74,13 @@ def nvfp4_slots_up_kernel(
                 i = first + (start + d) * WK
                 if STEPS > DEPTH:
                     ahead = i + DEPTH * WK
-                    new = new + (load_tiles(w_ptr, s_ptr, lane, ahead, ahead < BLOCKS, 4),)
-                    if FENCE:
+                    new = new + (load_tiles(w_ptr, s_ptr, lane, ahead, ahead < BLOCKS, 4),)  # type: ignore[assignment]
+                    if DEPTH > 1:
                         loads_stay_above()
-                accs = multiply_tiles(ring[d], x_ptrs, x_ok, i, accs, i < BLOCKS, MASKED, MASKX, 4, 1, True)
+                accs = multiply_tiles(ring[d], x_ptrs, i, accs, i < BLOCKS, MASKED, 4, 1)
             if STEPS > DEPTH:
                 ring = new
-        accs = multiply_tiles(tail, x_ptrs, x_ok, BLOCKS + first * 0, accs, mine, WK > 1, MASKX, TAIL, 1, True)
+        accs = multiply_tiles(tail, x_ptrs, BLOCKS + first * 0, accs, mine, WK > 1, TAIL, 1)
         low, high = result_pairs(accs[0], WR, WK, OUT)
         row = gl.arange(0, 32 * WR, gl.SliceLayout(1, OUT))
         of_pair = gl.arange(0, 2, gl.SliceLayout(0, OUT))
@@ -112,8 +110,7 @@ def _load_choice(ids, valid, w2, w2_scale, token, tile, k, i, lane, I: gl.conste
 def nvfp4_slots_down_kernel(
     act, ids, weights, num_rows, w2, w2_scale, bias2, out, stride_out: gl.constexpr,
     H: gl.constexpr, I: gl.constexpr, K: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr,
-    WR: gl.constexpr, WK: gl.constexpr, DEPTH: gl.constexpr, PDL: gl.constexpr, MASKX: gl.constexpr, FENCE: gl.constexpr,
-    num_warps: gl.constexpr,
+    WR: gl.constexpr, WK: gl.constexpr, DEPTH: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """out[t] = sum over k of act[s] @ w2[e].T + weight * bias2[e], for WR tiles of rows; `act` is weighted already."""
     L: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [num_warps, 1], [1, 0])
@@ -138,39 +135,38 @@ def nvfp4_slots_down_kernel(
     ring = ()
     for d in gl.static_range(DEPTH):
         at = first + d * WK
-        ring = ring + (
+        ring = ring + (  # type: ignore[assignment]
             _load_choice(ids, valid, w2, w2_scale, token, tile, at // EACH, at % EACH, lane, I, H, K, 4),
         )  # fmt: skip
     tails = ()
     if TAIL > 0:
         for d in gl.static_range((K + WK - 1) // WK):
-            tails = tails + (
+            tails = tails + (  # type: ignore[assignment]
                 _load_choice(ids, valid, w2, w2_scale, token, tile, first + d * WK, BLOCKS + first * 0, lane, I, H, K,
                              TAIL),
             )  # fmt: skip
     if PDL:
         gdc_wait()
     accs = (gl.zeros((32 * num_warps, 4), gl.float32, L),)
-    x_ok = (lane < 4,)
     for start in range(0, STEPS, DEPTH):
         new = ()
         for d in gl.static_range(DEPTH):
             at = first + (start + d) * WK
             if STEPS > DEPTH:
                 ahead = at + DEPTH * WK
-                new = new + (
+                new = new + (  # type: ignore[assignment]
                     _load_choice(ids, valid, w2, w2_scale, token, tile, ahead // EACH, ahead % EACH, lane, I, H, K, 4),
                 )  # fmt: skip
-                if FENCE:
+                if DEPTH > 1:
                     loads_stay_above()
             x_ptrs = (row_words(act, token * K + at // EACH, lane % 4, I),)
-            accs = multiply_tiles(ring[d][0], x_ptrs, x_ok, at % EACH, accs, ring[d][1], True, MASKX, 4, 1, True)
+            accs = multiply_tiles(ring[d][0], x_ptrs, at % EACH, accs, ring[d][1], True, 4, 1)
         if STEPS > DEPTH:
             ring = new
     if TAIL > 0:
         for d in gl.static_range((K + WK - 1) // WK):
             x_ptrs = (row_words(act, token * K + first + d * WK, lane % 4, I),)
-            accs = multiply_tiles(tails[d][0], x_ptrs, x_ok, BLOCKS + first * 0, accs, tails[d][1], True, MASKX, TAIL, 1, True)
+            accs = multiply_tiles(tails[d][0], x_ptrs, BLOCKS + first * 0, accs, tails[d][1], True, TAIL, 1)
     low, high = result_pairs(accs[0], WR, WK, OUT)
     row = gl.arange(0, 32 * WR, gl.SliceLayout(1, OUT))
     of_pair = gl.arange(0, 2, gl.SliceLayout(0, OUT))

@@ -11,6 +11,8 @@ The ids travel with the row, so the receiver needs nobody's counts to know what 
 being told in which order the rows of its choices come back: ascending (token, k), per rank. Equal ids in a row make
 one row there and one back; their weights add up at the source.
 
+Rows travel in the model dtype, or quantized row by row where the scheme allows it; results in the model dtype.
+
 Two forms of the same exchange. *Exact*: the ranks tell each other their counts first, which are values on the host, and
 send what there is. *Fixed*: M rows to and D rows from every rank on every step, without asking the device for
 anything. A CPU takes the first, everything else the second.
@@ -18,19 +20,18 @@ anything. A CPU takes the first, everything else the second.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import attrs
 import torch
 
 from moe_batched.prepare_finalize import BatchedHandle, BatchedPrepareAndFinalize, weigh_and_sum
 from moe_core.config import MoEConfig, MoEParallelConfig, Problem
 from moe_core.errors import CapacityError, MoEError
-from moe_core.footprint import aligned
 from moe_core.interfaces import Group, PrepareAndFinalize
 from moe_core.quant import UNQUANTIZED, QuantScheme
 from moe_core.types import Dispatched, ExpertPlacement, Routing
-
-_ALIGNMENT = 16
-"""Bytes. Rows, and the ids behind them, start at multiples of this."""
+from moe_core.wire import WireRow, payload_spec
 
 
 @attrs.define
@@ -78,6 +79,8 @@ class _Traffic:
 class AllToAllPrepareAndFinalize(PrepareAndFinalize):
     """BATCHED format over several ranks with tokens of their own; any placement, any shares, T = 0 included.
 
+    Both stages start their all-to-all in one half and wait for it in the other.
+
     Args:
         group: the layer's ranks.
         num_experts: E.
@@ -86,7 +89,7 @@ class AllToAllPrepareAndFinalize(PrepareAndFinalize):
         top_k: K.
         max_tokens: M.
         exact: send what there is, after telling each other the counts; None: on a CPU.
-        scheme: of the layer. Rows travel in the model dtype; the receiving rank quantizes each once, where it packs it.
+        scheme: of the layer; where the plan's payload is its name, rows are quantized before they travel.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class AllToAllPrepareAndFinalize(PrepareAndFinalize):
         self.placement = placement
         self.max_tokens = max_tokens
         self.exact = exact
+        self.scheme = scheme
         self.local = BatchedPrepareAndFinalize(num_local_experts, max_tokens=max_tokens * group.size, scheme=scheme)
         self._most_owed = most_owed(num_experts, top_k, max_tokens, group.size)
 
@@ -123,36 +127,62 @@ class AllToAllPrepareAndFinalize(PrepareAndFinalize):
         Raises:
             CapacityError: T is above `max_tokens`.
         """
-        tokens, size = hidden_states.shape[0], self.group.size
+        return self.prepare_start(
+            hidden_states, routing, num_experts=num_experts, expert_map=expert_map, payload=payload
+        )()
+
+    def finalize(self, expert_out: torch.Tensor, handle: object, routing: Routing, out: torch.Tensor) -> None:
+        """Send every choice's raw row home; there, weigh and sum in fp32, in the order of K, and round once."""
+        self.finalize_start(expert_out, handle, routing, out)()
+
+    def prepare_start(
+        self,
+        hidden_states: torch.Tensor,
+        routing: Routing,
+        *,
+        num_experts: int,
+        expert_map: torch.Tensor | None,
+        payload: str,
+    ) -> Callable[[], Dispatched]:
+        """Start the exchange. Its exact form tells the counts here, before."""
+        tokens, size, top_k = hidden_states.shape[0], self.group.size, routing.topk_ids.shape[1]
         if tokens > self.max_tokens:
             raise CapacityError(
                 f"dispatch batched, rank {self.group.rank}: T = {tokens} tokens, but max_tokens_per_rank = "
                 f"{self.max_tokens} sized the buffers; raise it in MoEConfig, or pass fewer tokens a step"
             )
+        spec = payload_spec(payload, self.scheme, "batched")
+        row = WireRow(hidden_states.shape[1], hidden_states.dtype, top_k, spec, weighted=False)
         choices = _Choices.of(routing.topk_ids, self.owner(routing.topk_ids), size)
         exact = hidden_states.device.type == "cpu" if self.exact is None else self.exact
         traffic = self._counted(choices) if exact else self._fixed(hidden_states.device)
-        x, ids = self._exchange(hidden_states, routing.topk_ids, choices, traffic)
-        dispatched = self.local.prepare(
-            x, Routing(ids, routing.topk_weights), num_experts=num_experts, expert_map=expert_map, payload=payload
-        )
-        handed: BatchedHandle = dispatched.handle
-        asked = _Choices.of(ids, torch.where(handed.kept, traffic.source.unsqueeze(1), size), size)
-        # What a slot that nobody asked for sends is never read, so any row will do: row 0.
-        back = torch.zeros(sum(traffic.owed) + 1, dtype=torch.int64, device=ids.device)
-        back.scatter_(0, asked.places(traffic.owed_starts, sum(traffic.owed)).flatten(), handed.place.flatten())
-        place = choices.places(traffic.due_starts, 0)
-        handle = ExchangeHandle(place, choices.kept, back[:-1], traffic.owed, traffic.due)
-        return attrs.evolve(dispatched, handle=handle)
+        sent = _rows_to_send(row.pack(hidden_states, routing, tokens + 1), choices, traffic)
+        finish = self.group.all_to_all_start(sent, traffic.send, traffic.receive)
 
-    def finalize(self, expert_out: torch.Tensor, handle: object, routing: Routing, out: torch.Tensor) -> None:
-        """Send every choice's raw row home; there, weigh and sum in fp32, in the order of K, and round once."""
+        def receive() -> Dispatched:
+            rows = row.unpack(finish())
+            dispatched = self.local.pack(rows.x, rows.x_scale, rows.topk_ids, expert_map)
+            back = self._back(rows.topk_ids, dispatched.handle, traffic)
+            place = choices.places(traffic.due_starts, 0)
+            return attrs.evolve(dispatched, handle=ExchangeHandle(place, choices.kept, back, traffic.owed, traffic.due))
+
+        return receive
+
+    def finalize_start(
+        self, expert_out: torch.Tensor, handle: object, routing: Routing, out: torch.Tensor
+    ) -> Callable[[], None]:
+        """Start to send the rows home."""
         if not isinstance(handle, ExchangeHandle) or handle.consumed:
             used = "one that was consumed" if isinstance(handle, ExchangeHandle) else repr(handle)
             raise MoEError(f"dispatch batched: finalize got {used}; it takes the handle of one prepare, exactly once")
         handle.consumed = True
-        rows = self.group.all_to_all(expert_out.flatten(0, 1).index_select(0, handle.back), handle.owed, handle.due)
-        weigh_and_sum(rows, handle.place, handle.kept, routing.topk_weights, out)
+        rows = expert_out.flatten(0, 1).index_select(0, handle.back)
+        finish = self.group.all_to_all_start(rows, handle.owed, handle.due)
+
+        def receive() -> None:
+            weigh_and_sum(finish(), handle.place, handle.kept, routing.topk_weights, out)
+
+        return receive
 
     def release(self, handle: object) -> None:
         """An exception came between `prepare` and `finalize`: no buffer is pooled, so only the handle is closed."""
@@ -207,30 +237,29 @@ class AllToAllPrepareAndFinalize(PrepareAndFinalize):
             source=torch.repeat_interleave(theirs[:, 0]),
         )
 
-    def _exchange(
-        self, hidden_states: torch.Tensor, ids: torch.Tensor, choices: _Choices, traffic: _Traffic
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first all-to-all: rows `[R, H]` and their K global ids, int32 `[R, K]`; -1 on rows that are padding."""
-        tokens, hidden = hidden_states.shape
-        ids_at = aligned(hidden * hidden_states.dtype.itemsize, _ALIGNMENT)
-        width = wire_row_bytes(hidden, ids.shape[1], hidden_states.dtype)
+    def _back(self, ids: torch.Tensor, handed: BatchedHandle, traffic: _Traffic) -> torch.Tensor:
+        """int64 `[rows to send back]`: where in `[E_l · C, H]` each stands, in the order in which it was asked for."""
+        size, total = self.group.size, sum(traffic.owed)
+        asked = _Choices.of(ids, torch.where(handed.kept, traffic.source.unsqueeze(1), size), size)
+        # What a slot that nobody asked for sends is never read, so any row will do: row 0.
+        back = torch.zeros(total + 1, dtype=torch.int64, device=ids.device)
+        back.scatter_(0, asked.places(traffic.owed_starts, total).flatten(), handed.place.flatten())
+        return back[:-1]
 
-        def views(buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            x = buffer[:, : hidden * hidden_states.dtype.itemsize].view(hidden_states.dtype)
-            return x, buffer[:, ids_at : ids_at + 4 * ids.shape[1]].view(torch.int32)
 
-        packed = torch.empty(tokens + 1, width, dtype=torch.uint8, device=hidden_states.device)
-        x, packed_ids = views(packed)
-        x[:tokens].copy_(hidden_states)
-        packed_ids[:tokens].copy_(ids)
-        packed_ids[tokens:].fill_(-1)  # the row that fills a fixed-size block up
-        total = sum(traffic.send)
-        slot = choices.wanted.cumsum(0) - 1 + traffic.send_starts
-        token_of = torch.full((total + 1,), tokens, dtype=torch.int64, device=ids.device)
-        every = torch.arange(tokens, device=ids.device).unsqueeze(1).expand(tokens, self.group.size)
-        token_of.scatter_(0, slot.masked_fill(~choices.wanted, total).flatten(), every.flatten())
-        sent = packed.index_select(0, token_of[:-1])
-        return views(self.group.all_to_all(sent, traffic.send, traffic.receive))
+def _rows_to_send(packed: torch.Tensor, choices: _Choices, traffic: _Traffic) -> torch.Tensor:
+    """uint8 `[rows to send, …]`, by rank and ascending by token.
+
+    Args:
+        packed: uint8 `[T + 1, …]`, every row once; the last fills a fixed-size block up.
+    """
+    tokens, size = choices.wanted.shape
+    total = sum(traffic.send)
+    slot = choices.wanted.cumsum(0) - 1 + traffic.send_starts
+    token_of = torch.full((total + 1,), tokens, dtype=torch.int64, device=packed.device)
+    every = torch.arange(tokens, device=packed.device).unsqueeze(1).expand(tokens, size)
+    token_of.scatter_(0, slot.masked_fill(~choices.wanted, total).flatten(), every.flatten())
+    return packed.index_select(0, token_of[:-1])
 
 
 @attrs.frozen(eq=False)
@@ -301,11 +330,6 @@ def make(
         max_tokens=most,
         scheme=scheme,
     )
-
-
-def wire_row_bytes(hidden: int, top_k: int, dtype: torch.dtype) -> int:
-    """A row on its way to its experts: H values in the model dtype, then K ids int32."""
-    return aligned(hidden * dtype.itemsize, _ALIGNMENT) + aligned(4 * top_k, _ALIGNMENT)
 
 
 def most_owed(num_experts: int, top_k: int, max_tokens: int, ranks: int) -> int:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import torch
 
-from moe_batched.all_to_all import most_owed, wire_row_bytes
+from moe_batched.all_to_all import most_owed
 from moe_core.config import Problem
-from moe_core.footprint import payload_row_bytes, share_of_tokens
-from moe_core.types import MODEL_DTYPE_PAYLOAD, DispatchFootprint
+from moe_core.footprint import payload_row_bytes, quantizing_bytes, share_of_tokens
+from moe_core.types import DispatchFootprint
+from moe_core.wire import WireRow, payload_spec
 
 _INT64, _INT32, _BOOL, _FP32 = (dtype.itemsize for dtype in (torch.int64, torch.int32, torch.bool, torch.float32))
 _PLACE = _INT64 + _BOOL
@@ -29,7 +30,7 @@ def footprint(problem: Problem, payload: str, tokens: int) -> DispatchFootprint:
     counting = tokens * (problem.num_local_experts * (_INT32 + _BOOL) + config.top_k * 2 * _INT64)
     capacity = config.max_tokens_per_rank or tokens
     held = _packed(problem, payload, capacity) + tokens * config.top_k * _PLACE
-    quantized = 0 if payload == MODEL_DTYPE_PAYLOAD else _quantizing(problem, payload, tokens)
+    quantized = quantizing_bytes(problem, payload, tokens)
     return DispatchFootprint(
         rows=capacity, held_bytes=held, scratch_bytes=max(counting - held, quantized - held, _summing(problem, tokens))
     )
@@ -39,7 +40,8 @@ def _between_ranks(problem: Problem, payload: str, tokens: int) -> DispatchFootp
     config, ranks = problem.config, problem.parallel.ep_size
     most = config.max_tokens_per_rank
     assert most is not None, "without max_tokens_per_rank selection refuses this backend"
-    width = wire_row_bytes(config.experts_hidden_size, config.top_k, config.dtype)
+    spec = payload_spec(payload, problem.scheme, "batched")
+    width = WireRow(config.experts_hidden_size, config.dtype, config.top_k, spec, weighted=False).row_bytes
     result = config.experts_hidden_size * config.dtype.itemsize
     due = most_owed(config.num_experts, config.top_k, most, ranks)
     sent, owed, told = ranks * most, ranks * due, 0  # rows that travel to this rank, back from it (and home to it)
@@ -52,15 +54,16 @@ def _between_ranks(problem: Problem, payload: str, tokens: int) -> DispatchFootp
     held = _packed(problem, payload, ranks * most) + tokens * config.top_k * _PLACE + owed * _INT64
     # who asked for which row: a bool and two int64 per choice and rank, and its place, owner and first of its kind
     tracing = sent * config.top_k * (ranks * (_BOOL + 2 * _INT64) + _PLACE + 2 * _INT64)
-    quantized = 0 if payload == MODEL_DTYPE_PAYLOAD else _quantizing(problem, payload, sent)
+    quantized = quantizing_bytes(problem, payload, tokens)
     return DispatchFootprint(
         rows=ranks * most,
         dispatch_wire_bytes=(ranks - 1) * (sent * width // ranks + told),
         combine_wire_bytes=from_others * result,
         held_bytes=held,
         scratch_bytes=max(
-            (tokens + 1 + 2 * sent) * width - held,  # the exchange: before anything of `held` is there
-            sent * width + max(tracing, quantized - held),
+            (tokens + 1) * width + quantized - held,  # until the exchange is over, nothing of `held` is there
+            (tokens + 1 + 2 * sent) * width - held,
+            sent * width + tracing,
             returned * result + max(owed * result, _summing(problem, tokens)),
         ),
     )
@@ -70,11 +73,6 @@ def _packed(problem: Problem, payload: str, capacity: int) -> int:
     """`[E_l, C, H]` with its scales, and the counts; one row more takes what goes nowhere."""
     experts = problem.num_local_experts
     return (experts * capacity + 1) * sum(payload_row_bytes(problem, payload)) + experts * _INT32
-
-
-def _quantizing(problem: Problem, payload: str, rows: int) -> int:
-    """The packed rows before they are put in place, and the five arrays in fp32 that `formats.quantize` holds."""
-    return rows * (sum(payload_row_bytes(problem, payload)) + 5 * problem.config.experts_hidden_size * _FP32)
 
 
 def _summing(problem: Problem, tokens: int) -> int:

@@ -36,6 +36,7 @@ BATCHED = types.DispatchCapabilities(
     carries_tokens=True,
     output_reduced=True,
     local_if_replicated=True,
+    split=True,
     max_in_flight=None,
     overlap_safe=True,
     graph_capturable=True,

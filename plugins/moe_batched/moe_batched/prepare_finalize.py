@@ -13,7 +13,8 @@ from moe_core import formats
 from moe_core.errors import CapacityError, MoEError
 from moe_core.interfaces import PrepareAndFinalize
 from moe_core.quant import UNQUANTIZED, QuantScheme
-from moe_core.types import MODEL_DTYPE_PAYLOAD, Dispatched, Routing
+from moe_core.types import Dispatched, Routing
+from moe_core.wire import payload_spec
 
 
 @attrs.define
@@ -78,10 +79,21 @@ class BatchedPrepareAndFinalize(PrepareAndFinalize):
         Raises:
             CapacityError: T is above `max_tokens`, or (on a CPU) an expert got more rows than `capacity`.
         """
-        rows, scales = self._quantize(hidden_states, payload)
-        tokens = hidden_states.shape[0]
+        spec = payload_spec(payload, self.scheme, "batched")
+        rows, scales = (hidden_states, None) if spec is None else formats.quantize(hidden_states, spec)
+        return self.pack(rows, scales, routing.topk_ids, expert_map)
+
+    def pack(
+        self,
+        rows: torch.Tensor,
+        scales: torch.Tensor | None,
+        topk_ids: torch.Tensor,
+        expert_map: torch.Tensor | None,
+    ) -> Dispatched:
+        """Rows as they are to be delivered, `[T, …]` with their scales `[T, …]`, to `[E_l, C, …]`."""
+        tokens = rows.shape[0]
         capacity = self._row_capacity(tokens)
-        ids = routing.topk_ids.long()
+        ids = topk_ids.long()
         if expert_map is not None:
             # As an index, -1 would mean the last expert: it is replaced before the table is read and put back after.
             ids = torch.where(ids < 0, -1, expert_map[ids.clamp(min=0)].long())
@@ -159,18 +171,6 @@ class BatchedPrepareAndFinalize(PrepareAndFinalize):
         chosen.scatter_(1, torch.where(ids < 0, self.num_local_experts, ids), True)
         rank = chosen[:, :-1].cumsum(dim=0, dtype=torch.int32)  # tokens up to and with this one that chose the expert
         return rank.gather(1, ids.clamp(min=0)).long() - 1, rank[-1].clone()  # not a view: it would keep all of `rank`
-
-    def _quantize(self, hidden_states: torch.Tensor, payload: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The rows that travel, and their scales: `[T, H]` as they are, or in the scheme's formats."""
-        if payload == MODEL_DTYPE_PAYLOAD:
-            return hidden_states, None
-        spec = self.scheme.activation
-        if payload != self.scheme.name or spec is None or not spec.row_wise:
-            raise MoEError(
-                f"dispatch batched was given payload = {payload!r} in a layer of scheme {self.scheme.name!r}; it "
-                f"carries {MODEL_DTYPE_PAYLOAD!r}, and the scheme's own where activations are quantized row by row"
-            )
-        return formats.quantize(hidden_states, spec)
 
     def _allocate(self, rows: int, like: torch.Tensor) -> torch.Tensor:
         """`[rows, …]`, uninitialised, in dtype and width of what is packed: rows of the payload, or their scales."""

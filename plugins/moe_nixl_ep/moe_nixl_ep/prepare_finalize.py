@@ -181,17 +181,21 @@ class NixlEPPrepareAndFinalize(PrepareAndFinalize):
             used = "one that was consumed" if isinstance(handle, NixlHandle) else repr(handle)
             raise MoEError(f"dispatch nixl_ep: finalize got {used}; it takes the handle of one prepare, exactly once")
         handle.consumed = True
-        rows = expert_out.contiguous()
-        if handle.expert_out is not None:
-            rows = handle.expert_out
-            if rows.data_ptr() != expert_out.data_ptr():
-                rows[..., : self.hidden].copy_(expert_out)
+        rows = handle.expert_out
+        if rows is None:
+            rows = expert_out.contiguous()
+        elif rows.data_ptr() != expert_out.data_ptr():
+            rows[..., : self.hidden].copy_(expert_out)
         direct = handle.expert_out is None and out.is_contiguous()
         target = out if direct else out.new_empty((out.shape[0], self.shape.hidden))
         weights = routing.topk_weights.contiguous()
-        _, event, _ = self._buffer.raw.low_latency_combine(
-            rows, handle.ids, weights, handle.vendor, async_finish=True, out=target
-        )
+        try:
+            _, event, _ = self._buffer.raw.low_latency_combine(
+                rows, handle.ids, weights, handle.vendor, async_finish=True, out=target
+            )
+        except BaseException:
+            self._buffer.in_flight -= 1
+            raise
 
         def receive() -> None:
             self._buffer.in_flight -= 1

@@ -13,6 +13,7 @@ import torch
 from moe_core import ActivationSpec, GateUpLayout, MoEConfig, formats
 from moe_core.emulated import EmulatedExperts, dequantize_weights
 from moe_core.ops import Activation, Fp8BatchedLauncher, Fp8ExpertsLauncher, Fp8Weights
+from moe_core.ops._fp8_quantize import QuantizeByExpert, QuantizeRows
 from moe_core.quant import QuantScheme
 from moe_core.reference import moe_reference
 from moe_core.types import Dispatched, ExpertWeights
@@ -75,10 +76,10 @@ class Case:
         activation = self.spec.activation
         if activation is not None and not activation.dynamic:
             steps = torch.linspace(1, 1.5, experts)[:, None]
-            tensors["w13_input_scale"] = steps * torch.full((experts, halves), 16.0 / 448)
+            tensors["w13_input_scale"] = steps * torch.full((experts, halves), 5.0 / 448)
             if self.halves_differ:
                 tensors["w13_input_scale"][::2, -1] *= 3
-            tensors["w2_input_scale"] = steps * 32.0 / 448
+            tensors["w2_input_scale"] = steps * 8.0 / 448
         if self.activation.bias:
             tensors["w13_bias"] = self._draw(experts, halves * inner, seed=3).to(self.dtype)
             tensors["w2_bias"] = self._draw(experts, hidden, seed=4).to(self.dtype)
@@ -192,3 +193,34 @@ def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
         return float("nan")
     scale = expected.double().norm()
     return float((out.double() - expected.double()).norm() / (scale if scale > 0 else 1.0))
+
+
+def check_row_quantizer(scheme: str, device: str) -> None:
+    """The kernel against `formats`, bit by bit: all magnitudes, a ragged last group, zeros, Inf and NaN."""
+    spec = SCHEMES[scheme].activation
+    assert spec is not None
+    x = torch.randn(64, 720, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 30, 64)[:, None]
+    x[1], x[2, 5], x[3, 700], x[4, :128] = 0, torch.inf, torch.nan, 448.0
+    x = x.to(torch.bfloat16)
+    wanted, wanted_scale = formats.quantize(x, spec)
+    q = torch.zeros(64, 720, dtype=torch.float8_e4m3fn, device=device)
+    scale = torch.empty(wanted_scale.shape, device=device)
+    by_group = spec.group_shape[1] != -1
+    launch = QuantizeRows(720, by_group=by_group, power_of_two=scheme.endswith("ue8m0"), pdl=False)
+    launch(x.to(device), q, scale, None)
+    q, scale, there = q.cpu().float(), scale.cpu(), wanted.float().isfinite()
+    assert torch.equal(q[there], wanted.float()[there])
+    assert torch.equal(q.isfinite(), there)
+    assert torch.equal(scale.nan_to_num(-1), wanted_scale.nan_to_num(-1))
+
+
+def check_static_quantizer(device: str) -> None:
+    """The same under scales that are not made from the data: finite values saturate, Inf and NaN become NaN."""
+    x = torch.tensor([[1e30, -1e30, 448.0, 464.0, 0.01, torch.inf, torch.nan, 0.0] * 2], dtype=torch.bfloat16)
+    scales = torch.tensor([0.02, 1e-6])
+    q = torch.empty(2, 16, dtype=torch.float8_e4m3fn, device=device)
+    ids = torch.tensor([[0, 1]], dtype=torch.int32, device=device)
+    launch = QuantizeByExpert(16, 2, 2, 1, pdl=False)
+    launch(x.to(device), ids, None, None, q, None, scales.to(device), None, None, 0, None)
+    wanted = torch.cat([formats.to_e4m3(x.float() / scale) for scale in scales]).float()
+    torch.testing.assert_close(q.cpu().float(), wanted, rtol=0, atol=0, equal_nan=True)

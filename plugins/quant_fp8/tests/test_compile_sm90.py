@@ -67,12 +67,20 @@ def space(shapes):
     return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
 
 
-@pytest.mark.parametrize(("scheme", "path", "kernels"), [
-    ("fp8_block", "slots", 2), ("fp8_block", "scan", 5), ("fp8_block", "grouped", 5), ("fp8_block", "specialized", 5),
-    ("fp8_tensor", "slots", 2), ("fp8_tensor", "scan", 4), ("fp8_tensor", "grouped", 5),
-    ("fp8_channel", "slots", 2), ("fp8_channel", "by_slot", 4), ("fp8_channel", "specialized", 6), ("fp8_channel", "scan", 5), ("fp8_channel", "grouped", 6),
-    ("fp8_tensor_dynamic", "grouped", 10), ("fp8_weight_only", "scan", 3), ("weight_only_block", "grouped", 4),
-])  # fmt: skip
+PATHS = [
+    ("fp8_block", "slots", 2), ("fp8_block", "by_slot", 4), ("fp8_block", "grouped", 5), ("fp8_block", "specialized", 5),
+    ("fp8_tensor", "slots", 2), ("fp8_tensor_dynamic", "grouped", 10), ("weight_only_block", "grouped", 4),
+]  # fmt: skip
+MORE = [
+    ("fp8_block", "scan", 5), ("fp8_tensor", "scan", 4), ("fp8_tensor", "grouped", 5), ("fp8_channel", "slots", 2),
+    ("fp8_channel", "by_slot", 4), ("fp8_channel", "specialized", 6), ("fp8_channel", "grouped", 6),
+    ("fp8_weight_only", "scan", 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("scheme", "path", "kernels"), PATHS + [pytest.param(*more, marks=pytest.mark.full) for more in MORE]
+)
 def test_paths(compiled, scheme, path, kernels):
     launcher = Fp8ExpertsLauncher(weights(scheme), top_k=K, dtype=torch.bfloat16, plan=((None, CONFIGS[path]),))
     x, ids = meta(8, H, dtype=torch.bfloat16), meta(8, K, dtype=torch.int32)
@@ -86,7 +94,7 @@ def test_paths(compiled, scheme, path, kernels):
         assert all("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in kernel.asm["ptx"] for kernel in gemms)
 
 
-@pytest.mark.parametrize("scheme", ["fp8_block", "fp8_tensor"])
+@pytest.mark.parametrize("scheme", ["fp8_tensor", pytest.param("fp8_block", marks=pytest.mark.full)])
 def test_batched(compiled, scheme):
     launcher = Fp8BatchedLauncher(weights(scheme), dtype=torch.bfloat16)
     x = meta(E, 128, H, dtype=torch.bfloat16)

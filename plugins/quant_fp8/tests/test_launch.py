@@ -55,12 +55,9 @@ def test_loading_warps_where_experts_have_many_rows_and_the_activation_is_the_on
 
 @pytest.mark.parametrize("scheme", schemes.SCHEMES, ids=lambda scheme: scheme.name)
 @pytest.mark.parametrize("tokens", [1, 8, 100, 5000])
-@pytest.mark.parametrize("experts", [1, 7, 512])
-@pytest.mark.parametrize("top_k", [1, 5, 16])
+@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (7, 5), (512, 16)])
 @pytest.mark.parametrize(("hidden", "intermediate"), [(2880, 1408), (64, 32), (16384, 53248)])
 def test_tiles_fit_everywhere(scheme, tokens, experts, top_k, hidden, intermediate):
-    if top_k > experts:
-        pytest.skip("K > E")
     problem, spec = ExpertsProblem(experts, top_k, hidden, intermediate, itemsize=1), format_of(scheme)
     configs = [fp8_config(problem, spec, tokens), fp8_batched_config(problem, spec, tokens)]
     width = 2 if spec.activations is None else 1  # bytes of an activation
@@ -88,8 +85,8 @@ def test_workspaces_are_host_arithmetic():
 def test_what_the_kernels_cannot_read_has_a_reason():
     with pytest.raises(ValueError, match="weights 'block' go with them"):
         Fp8Format("channel", "group")
-    with pytest.raises(ValueError, match="down.block_m = 128 must divide up.block_m = 64"):
-        tile = TileConfig(64, 128, 128, 4, 3)
+    tile = TileConfig(64, 128, 128, 4, 3)
+    with pytest.raises(ValueError, match=r"down.block_m = 128 must divide up.block_m = 64"):
         Fp8GroupedConfig(tile, dataclasses.replace(tile, block_m=128))
     answer = format_of(schemes.block_scheme((64, 32), schemes.ScaleFormat.FP32))
     assert isinstance(answer, str)

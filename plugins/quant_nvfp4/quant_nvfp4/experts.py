@@ -63,12 +63,21 @@ class Nvfp4TritonExperts(Experts):
         """Prepare the launches for a weights record. Records are compared by identity, so a new one binds anew."""
         if weights.layout is None:
             raise ValueError(
-                "nvfp4_triton: the weights are in the order of the checkpoint; call routed_experts.pack_weights() after "
-                "loading, which brings them into the order that the kernels read"
+                "nvfp4_triton: the weights are in the order of the checkpoint; after loading, call "
+                "routed_experts.pack_weights(), which brings them into the order that the kernels read"
             )
-        names = ("w13", "w13_scale", "w13_global_scale", "w2", "w2_scale", "w2_global_scale")
+        assert weights.w13_scale is not None and weights.w2_scale is not None
+        assert weights.w13_global_scale is not None and weights.w2_global_scale is not None
         packed = ops.Nvfp4Weights(
-            *(getattr(weights, name).detach() for name in names), self._activation, weights.w13_bias, weights.w2_bias
+            w13=weights.w13.detach(),
+            w13_scale=weights.w13_scale.detach(),
+            w13_global=weights.w13_global_scale.detach(),
+            w2=weights.w2.detach(),
+            w2_scale=weights.w2_scale.detach(),
+            w2_global=weights.w2_global_scale.detach(),
+            activation=self._activation,
+            bias13=weights.w13_bias,
+            bias2=weights.w2_bias,
         )
         if batched:
             return ops.Nvfp4BatchedLauncher(packed)

@@ -1,4 +1,4 @@
-"""`nvfp4_case.py` is shared by the tests of this folder and of `interpreted/`; pytest's importlib mode adds no paths."""
+"""Makes the shared cases importable: pytest's importlib mode adds no paths."""
 
 import sys
 from pathlib import Path

@@ -14,7 +14,7 @@ from moe_core import ActivationSpec, formats
 from moe_core.emulated import dequantize_weights
 from moe_core.ops import Activation, Nvfp4BatchedLauncher, Nvfp4ExpertsLauncher, Nvfp4Weights, pack_nvfp4_matrix
 from moe_core.reference import moe_reference
-from moe_core.types import ExpertWeights
+from moe_core.types import ExpertWeights, GateUpLayout
 from quant_nvfp4.schemes import NVFP4
 
 POISON = -(2**30) - 12345  # an index that no kernel may follow
@@ -40,7 +40,8 @@ class Case:
     device: str = "cuda"
 
     def _draw(self, *shape: int, seed: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(*shape, generator=generator, device=self.device)
 
     def record(self) -> ExpertWeights:
         """Packed weights as a checkpoint has them; gate, up and experts have global scales of their own."""
@@ -57,19 +58,15 @@ class Case:
             if self.extreme:
                 q[:, :, :3], scale[:, :, 1:4] = 0x77, torch.tensor(448.0).to(scale.dtype)
                 scale[:, :, 5:7], q[:, :, 8:9] = torch.tensor(0.0).to(scale.dtype), 0
-                top = top * torch.logspace(-3, 1, self.experts)[:, None]
-            order = (
-                (0, 2, 1, 3) if spec.gate_up_layout is not None and spec.gate_up_layout.value == "interleaved" else None
-            )
-            if name == "w13" and order is not None:
-                q, scale = q.permute(order), scale.view(torch.uint8).permute(order).contiguous().view(scale.dtype)
+                top = top * torch.logspace(-3, 1, self.experts, device=self.device)[:, None]
+            if name == "w13" and spec.gate_up_layout is GateUpLayout.INTERLEAVED:
+                q, scale = q.transpose(1, 2), scale.view(torch.uint8).transpose(1, 2).contiguous().view(scale.dtype)
             tensors[name] = q.reshape(self.experts, parts * rows, columns // 2).contiguous()
             tensors[f"{name}_scale"] = scale.reshape(self.experts, parts * rows, columns // 16).contiguous()
             tensors[f"{name}_global_scale"] = top
         if spec.bias:
             tensors["w13_bias"] = self._draw(self.experts, halves * self.intermediate, seed=5).to(torch.bfloat16)
             tensors["w2_bias"] = self._draw(self.experts, self.hidden, seed=6).to(torch.bfloat16)
-        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         return ExpertWeights(gate_up_layout=spec.gate_up_layout, **tensors)
 
     def packed(self, record: ExpertWeights) -> Nvfp4Weights:
@@ -86,7 +83,8 @@ class Case:
 
     def inputs(self, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x, ids, router weights; weights at id -1 are NaN, as are the columns between rows."""
-        x = torch.full((self.tokens, self.row_stride or self.hidden), float("nan"), dtype=torch.bfloat16)
+        stride = self.row_stride or self.hidden
+        x = torch.full((self.tokens, stride), float("nan"), dtype=torch.bfloat16, device=self.device)
         x[:, : self.hidden] = self._draw(self.tokens, self.hidden, seed=1000 + seed).to(torch.bfloat16)
         generator = torch.Generator().manual_seed(2000 + seed)
         shape = (self.tokens, self.top_k)
@@ -97,9 +95,7 @@ class Case:
         else:
             ids = torch.full(shape, self.experts - 1 if self.routing == "one" else -1)
         router = torch.rand(shape, generator=generator).masked_fill(ids < 0, float("nan"))
-        moved = (tensor.to(self.device) for tensor in (x, ids.to(self.ids_dtype), router))
-        x, ids, router = moved
-        return x[:, : self.hidden], ids, router
+        return x[:, : self.hidden], ids.to(self.device, self.ids_dtype), router.to(self.device)
 
     def row_count(self) -> torch.Tensor | None:
         if self.num_rows is None:

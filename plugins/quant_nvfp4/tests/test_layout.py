@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nvfp4_case import Case, relative_error
 
-from moe_core import formats
-from moe_core.ops import pack_nvfp4_matrix, unpack_nvfp4_matrix
+from moe_core import ActivationSpec, GateUpLayout, formats
+from moe_core.ops import nvfp4_experts_torch, pack_nvfp4_matrix, unpack_nvfp4_matrix
 from moe_core.ops._nvfp4_layout import SCALE_FACTOR, WORD_BITS, expand_nvfp4_matrix, row_order, scale_codes
 from quant_nvfp4.schemes import NVFP4
 
@@ -79,3 +80,23 @@ def test_a_negative_scale_is_refused():
     scale.view(torch.uint8)[3, 1] = 0x81
     with pytest.raises(ValueError, match="negative"):
         pack_nvfp4_matrix(q, scale, None)
+
+
+@pytest.mark.parametrize("extreme", [False, True])
+@pytest.mark.parametrize(
+    "activation",
+    [
+        ActivationSpec(),
+        ActivationSpec("gelu", GateUpLayout.UP_GATE),
+        ActivationSpec("swiglu_oai", GateUpLayout.INTERLEAVED, limit=1.0, bias=True),
+        ActivationSpec("relu2", None, bias=True),
+    ],
+    ids=["gate_up", "up_gate", "interleaved", "ungated"],
+)
+def test_the_twin_of_the_kernels_is_the_layer(activation, extreme):
+    case = Case(12, 256, 128, activation=activation, extreme=extreme, num_rows=9, device="cpu")
+    record = case.record()
+    x, ids, router = case.inputs()
+    got = nvfp4_experts_torch(x, ids, router.nan_to_num(0.0), case.packed(record), num_rows=case.row_count())
+    assert relative_error(got[:9], case.expected(record, x, ids, router)[:9]) <= 0.003
+    assert bool((got[9:] == 0).all())

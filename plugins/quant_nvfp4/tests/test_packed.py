@@ -131,7 +131,7 @@ def test_saved_bytes_know_their_layout():
 def test_a_scale_that_the_layout_cannot_hold_is_refused():
     experts = layer()
     experts.w2_scale.data.view(torch.uint8)[1, 0, 0] = 0x90
-    with pytest.raises(CheckpointError, match="local expert 1.*negative"):
+    with pytest.raises(CheckpointError, match=r"local expert 1.*negative"):
         experts.pack_weights()
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from fp8_case import OAI, SCHEMES, Case, relative_error, run, run_batched
+from fp8_case import OAI, SCHEMES, Case, check_row_quantizer, check_static_quantizer, relative_error, run, run_batched
 
 from moe_core import ActivationSpec, GateUpLayout
 from moe_core.ops import Fp8GroupedConfig, ScanConfig, SlotsConfig, TileConfig
@@ -111,3 +111,14 @@ def test_own_choice(tokens):
     out, emulated, _ = run(Case("fp8_block", tokens=tokens))
     assert out.shape[0] == tokens
     assert tokens == 0 or relative_error(out, emulated) <= TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("scheme", ["fp8_block", "fp8_block_ue8m0", "fp8_channel"])
+def test_quantizers_have_the_formats_bits(scheme):
+    check_row_quantizer(scheme, "cpu")
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
+def test_static_scales_saturate_what_is_finite():
+    check_static_quantizer("cpu")
