@@ -32,7 +32,9 @@ TOKENS = {"equal": (16, 16, 16, 16), "unequal": (3, 32, 1, 7), "none on a rank":
 TIMED = (1, 8, 64, 128)
 OVERLAPPED = (128, 1024)
 PAIRS = 10  # of dispatch and combine in one graph
-ERROR = 0.006  # relative Frobenius, against one rank: rounding of partial sums to bf16
+ERRORS = {"unquantized": 0.006, "nvfp4": 0.006, "fp8_block": 0.02}
+"""Relative Frobenius, against one rank. Partial sums are rounded to bf16; and where rows travel as fp8, a library's own
+quantizer gives another code than ours now and then (less than 1 % of them)."""
 
 
 class Ranks:
@@ -111,7 +113,7 @@ def check(ranks: Ranks, dispatches: list[str], schemes: list[str], steps: int, s
     """Every dispatch × scheme × token counts, then random steps, then a soak; returns the dispatches that are right."""
     right = []
     for dispatch in dispatches:
-        worst, ran = 0.0, []
+        fine, ran = True, []
         for scheme in schemes:
             try:
                 layer = ranks.layer(SMALL, dispatch, scheme)
@@ -124,12 +126,12 @@ def check(ranks: Ranks, dispatches: list[str], schemes: list[str], steps: int, s
                 x, logits = inputs(ranks, SMALL, counts[ranks.rank % 4], 1)
                 errors[name] = ranks.worst(error_of(layer, single, x, logits))
             ran.append((scheme, layer, single))
-            worst = max(worst, *errors.values())
+            fine &= max(errors.values()) <= ERRORS[scheme]
             shown = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
             ranks.say(f"{dispatch:12} {scheme:12} {served_by(layer):14} {shown}")
         if not ran:
             continue
-        _, layer, single = ran[0]
+        scheme, layer, single = ran[0]
         choose, most = random.Random(ranks.rank), 0.0
         for step in range(steps):
             x, logits = inputs(ranks, SMALL, choose.randint(0, SMALL["max_tokens_per_rank"]), step)
@@ -140,7 +142,7 @@ def check(ranks: Ranks, dispatches: list[str], schemes: list[str], steps: int, s
             grown = ranks.worst(float(soak_bytes(ranks, layer, soak)))
             ranks.say(f"{dispatch:12} {soak} steps of soak: memory grew by {grown:.0f} bytes")
             most = float("inf") if grown else most
-        if max(worst, most) <= ERROR:
+        if fine and most <= ERRORS[scheme]:
             right.append(dispatch)
         else:
             ranks.say(f"{dispatch:12} WRONG: not timed")
@@ -260,7 +262,7 @@ def overlaps(ranks: Ranks, dispatches: list[str]) -> list[dict[str, Any]]:
             out = layer(x, router_logits=logits)
             wanted = out if wanted is None else wanted
             wrong = ranks.worst(relative_error(out, wanted))
-            row[name] = step_us(ranks, layer, tokens) if wrong <= ERROR else None
+            row[name] = step_us(ranks, layer, tokens) if wrong <= ERRORS["unquantized"] else None
             shown = "WRONG" if row[name] is None else f"{row[name]:9.1f}"
             ranks.say(f"{dispatch:12} {tokens:5} {name:14} {shown}")
             del layer

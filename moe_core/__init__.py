@@ -5,7 +5,14 @@ Start with `build_runner`, `plan` and `plugins`; a plugin author starts with `ho
 
 from moe_core.build import build_runner, plan, plugins
 from moe_core.config import ActivationSpec, MoEConfig, MoEParallelConfig, Problem, RouterSpec
-from moe_core.errors import CapacityError, CheckpointError, MoEError, PluginError, UnsupportedError
+from moe_core.errors import (
+    CapacityError,
+    CheckpointError,
+    CollectiveError,
+    MoEError,
+    PluginError,
+    UnsupportedError,
+)
 from moe_core.hookspecs import PLUGIN_API, hookimpl
 from moe_core.interfaces import Experts, Group, MoERunnerInterface, PrepareAndFinalize, Router
 from moe_core.plugins import register_plugin, unregister_plugin
@@ -39,6 +46,7 @@ __all__ = [
     "Availability",
     "CapacityError",
     "CheckpointError",
+    "CollectiveError",
     "Device",
     "DispatchCapabilities",
     "DispatchFootprint",

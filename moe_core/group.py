@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from moe_core.interfaces import Finish
 # torch 2.13 renamed both and warns at the old names; 2.11 has only those.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+_REPORT_TIMEOUT_S = 2.0
+"""After a failure, how long the other ranks are given to report theirs, so that the silent one can be named."""
 
 
 class TorchGroup:
@@ -142,8 +147,27 @@ class TorchGroup:
             reason = str(error).strip().partition("\n")[0]
             raise CollectiveError(
                 f"rank {self.rank} of {self.size} in {collective}: {reason}; another rank died, or did not come within "
-                "the process group's timeout: look at the other ranks' output, and start all ranks again"
+                f"the process group's timeout ({self._suspects()}): look at the other ranks' output, and start all of "
+                "them again"
             ) from error
+
+    def _suspects(self) -> str:
+        """Which ranks have not failed in the same way: the one that the others waited for is among them."""
+        ranks = [rank for rank in range(self.size) if rank != self.rank]
+        silent, deadline = [], time.monotonic() + _REPORT_TIMEOUT_S
+        try:
+            store = self.store
+            store.set(f"failed/{self.rank}", b"")
+            for rank in ranks:
+                try:
+                    store.wait([f"failed/{rank}"], timedelta(seconds=max(deadline - time.monotonic(), 0.05)))
+                except RuntimeError:  # torch's stores raise their DistStoreError, a RuntimeError
+                    store.get(f"failed/{self.rank}")  # is it the store that is gone?
+                    silent.append(rank)
+        except RuntimeError:
+            return "the store is gone too, with the rank or launcher that kept it"
+        named = ", ".join(f"rank {rank}" for rank in silent)
+        return f"no failure is reported by {named}" if silent else "every rank reports a failure"
 
 
 _Run = Callable[..., Callable[[], None]]

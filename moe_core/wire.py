@@ -1,12 +1,14 @@
 """A row on its way between ranks: values, scales, expert ids and router weights side by side, in one buffer of bytes.
 
-One buffer is one collective. Where the payload is a scheme's, rows are quantized before they travel: by `formats`, row
-by row, so it is the same bits wherever it is done, and each row is quantized once.
+One buffer is one collective. Where the payload is a scheme's, rows are quantized before they travel: row by row, to the
+bits of `formats`, so it does not matter where it is done, and each row is quantized once.
 
 Shape letters: T tokens on this rank · H hidden · K top-k · N rows of a buffer · G columns of a quantization group.
 """
 
 from __future__ import annotations
+
+import functools
 
 import attrs
 import torch
@@ -14,11 +16,14 @@ import torch
 from moe_core import formats
 from moe_core.errors import MoEError
 from moe_core.footprint import aligned
-from moe_core.quant import QuantScheme, QuantSpec
+from moe_core.ops import FP8_GROUP, QuantizeRows
+from moe_core.quant import QuantScheme, QuantSpec, ScaleFormat
 from moe_core.types import MODEL_DTYPE_PAYLOAD, Routing
 
 _ALIGNMENT = 16
 """Bytes. Rows, and each part of a row, start at multiples of this: enough for any vector load, and for TMA."""
+_E4M3_SINCE = (8, 9)
+"""Compute capability."""
 
 
 @attrs.frozen
@@ -85,7 +90,7 @@ class WireRow:
         room = self.unpack(buffer)
         values = hidden_states
         if self.spec is not None:
-            values, scales = formats.quantize(hidden_states, self.spec)
+            values, scales = quantize_rows(hidden_states, self.spec)
             assert room.x_scale is not None, "a quantized payload has scales"
             room.x_scale[:tokens].copy_(scales)
         room.x[:tokens].copy_(values)
@@ -103,6 +108,43 @@ class WireRow:
             for start, (columns, dtype) in zip(self._starts, self._parts, strict=False)
         )
         return Arrived(x, None if self.spec is None else scale, ids, weights if self.weighted else None)
+
+
+def quantize_rows(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """`formats.quantize` of rows `[T, H]`; on a GPU in one kernel, which has its bits, where there is one.
+
+    Args:
+        x: unit stride in H.
+        spec: row-wise.
+    """
+    kernel = _row_kernel(x.shape[1], spec, x.device) if x.is_cuda else None
+    return formats.quantize(x, spec) if kernel is None else run_row_kernel(kernel, x, spec)
+
+
+def run_row_kernel(kernel: QuantizeRows, x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by a kernel made for H and the format."""
+    q = torch.empty(x.shape, dtype=formats.storage_dtype(spec), device=x.device)
+    groups = formats.scale_shape(spec.group_shape, 1, x.shape[1])[1]
+    scale = torch.empty(x.shape[0], groups, dtype=formats.scale_dtype(spec), device=x.device)
+    if x.shape[0]:
+        on_borders = not (x.data_ptr() | q.data_ptr() | scale.data_ptr()) % _ALIGNMENT
+        kernel(x, q, scale, (x.dtype, x.stride(0)) if on_borders else None)
+    return q, scale
+
+
+def row_kernel(hidden: int, spec: QuantSpec) -> QuantizeRows | None:
+    """The kernel that quantizes rows to a format; None: there is none."""
+    by_group = spec.group_shape == (1, FP8_GROUP)
+    whole = spec.group_shape == (1, -1)
+    if formats.storage_dtype(spec) is not torch.float8_e4m3fn or not (by_group or whole):
+        return None
+    return QuantizeRows(hidden, by_group=by_group, power_of_two=spec.scale_format is ScaleFormat.UE8M0, pdl=False)
+
+
+@functools.cache
+def _row_kernel(hidden: int, spec: QuantSpec, device: torch.device) -> QuantizeRows | None:
+    """For a GPU: made once; None where the device has no instructions for e4m3."""
+    return row_kernel(hidden, spec) if torch.cuda.get_device_capability(device) >= _E4M3_SINCE else None
 
 
 def payload_spec(payload: str, scheme: QuantScheme, dispatch: str) -> QuantSpec | None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import attrs
 import torch
 
-from moe_core import formats
 from moe_core.config import Problem
 from moe_core.errors import MoEError
 from moe_core.footprint import payload_row_bytes, quantizing_bytes
 from moe_core.interfaces import PrepareAndFinalize
 from moe_core.quant import UNQUANTIZED, QuantScheme
 from moe_core.types import MODEL_DTYPE_PAYLOAD, Dispatched, DispatchFootprint, Routing
-from moe_core.wire import payload_spec
+from moe_core.wire import payload_spec, quantize_rows
 
 
 @attrs.define
@@ -55,7 +54,7 @@ class LocalPrepareAndFinalize(PrepareAndFinalize):
         if expert_map is not None:
             ids = local_ids(ids, expert_map)
         if spec is not None:
-            x, scale = formats.quantize(hidden_states, spec)
+            x, scale = quantize_rows(hidden_states, spec)
             return Dispatched(x=x, x_scale=scale, handle=_Handle(), topk_ids=ids, topk_weights=routing.topk_weights)
         x = hidden_states if hidden_states.stride(-1) == 1 else hidden_states.contiguous()
         return Dispatched(x=x, handle=_Handle(), topk_ids=ids, topk_weights=routing.topk_weights)

@@ -33,6 +33,23 @@ from moe_core.plugins import registry
 @click.option("--device", metavar="DEVICE", help="cpu or cuda; default: cuda where there is one.")
 @click.option("--rounds", type=click.IntRange(2), default=20, show_default=True, help="Timed rounds of each case.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the fractions of the roofline into this file.")
+@click.option(
+    "--ep",
+    "folder",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Instead: run this checkpoint on random tokens, and print how evenly its experts would load ranks.",
+)
+@click.option(
+    "--ranks",
+    "worlds",
+    multiple=True,
+    type=click.IntRange(2),
+    default=(2, 4, 8),
+    show_default=True,
+    metavar="W",
+    help="Numbers of ranks for --ep; may be repeated.",
+)
 @json_option
 def bench(
     shapes: tuple[str, ...],
@@ -42,6 +59,8 @@ def bench(
     device: str | None,
     rounds: int,
     plot: Path | None,
+    folder: Path | None,
+    worlds: tuple[int, ...],
     as_json: bool,
 ) -> None:
     """Time one layer's experts step: every backend that can run here, and transformers' own, in turn on the same data.
@@ -49,7 +68,13 @@ def bench(
     Ids and router weights are given; a step is everything after that. Results are compared with the reference first: a
     wrong one gets no time. The roofline is that of this machine, measured in the same run. Times are those of eager
     calls, host time included.
+
+    With --ep nothing is timed: a checkpoint runs once, on the most of --tokens, and for each layer the busiest expert
+    and the busiest rank are printed, over the mean; 1.00 is even.
     """
+    if folder is not None:
+        _print_load(folder, max(tokens), worlds, device, as_json=as_json)
+        return
     backends = list(names) or sorted(registry().experts)
     for name in backends:
         registry().find("experts", name)
@@ -72,6 +97,18 @@ def bench(
         return
     for shape, count, results in cases:
         output.emit_table(_table(shape, count, results))
+
+
+def _print_load(folder: Path, tokens: int, worlds: tuple[int, ...], device: str | None, *, as_json: bool) -> None:
+    from moe_core.cli.bench_load import load_table, measure_load  # noqa: PLC0415 - needs transformers
+
+    loads = measure_load(folder, tokens, real_device(device))
+    if as_json:
+        output.emit_json({"tokens": tokens, "layers": [load.to_dict(worlds) for load in loads]})
+    else:
+        output.emit_table(
+            load_table(loads, worlds, f"{folder.name}, {tokens} random tokens: the busiest over the mean")
+        )
 
 
 def _table(shape: Shape, tokens: int, results: list[Result]) -> rich.table.Table:

@@ -50,8 +50,7 @@ def ranks(device: str | None) -> Iterator[Ranks]:
     if target.type == "cuda":
         target = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(target)
-    backend = "nccl" if target.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
+    _connect("nccl" if target.type == "cuda" else "gloo")
     group = TorchGroup(timeout_s=TIMEOUT_S)
     try:
         with contextlib.ExitStack() as stack:
@@ -65,3 +64,14 @@ def ranks(device: str | None) -> Iterator[Ranks]:
         raise MoEError(f"rank {group.rank} of {group.size}: {error}") from error
     finally:
         dist.destroy_process_group()
+
+
+def _connect(backend: str) -> None:
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise MoEError(
+            f"rank {os.environ.get('RANK', '?')} of {os.environ['WORLD_SIZE']}, connecting by {backend}: {reason}; are "
+            "all ranks started, by one torchrun on each machine, with the same --nnodes and --rdzv-endpoint?"
+        ) from error

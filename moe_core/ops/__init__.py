@@ -5,7 +5,8 @@ from a plan that the caller passes in; nothing here reads a file or the environm
 """
 
 from moe_core.ops._compile import compile_only
-from moe_core.ops._fp8_launch import Fp8GroupedConfig, Fp8SpecializedConfig
+from moe_core.ops._fp8_launch import Fp8GroupedConfig, Fp8SpecializedConfig, fp8_batched_config, fp8_plan
+from moe_core.ops._fp8_quantize import QuantizeRows
 from moe_core.ops._fp8_weights import FP8_ALIGNMENT, FP8_GROUP, Fp8Format, Fp8Weights
 from moe_core.ops._launch import (
     AlternatingConfig,
@@ -57,6 +58,7 @@ __all__ = [
     "Nvfp4ExpertsLauncher",
     "Nvfp4Weights",
     "PaddedRows",
+    "QuantizeRows",
     "RouteSpec",
     "RowQuantization",
     "ScanConfig",
@@ -78,7 +80,9 @@ __all__ = [
     "experts_step",
     "experts_step_torch",
     "experts_workspace",
+    "fp8_batched_config",
     "fp8_batched_workspace",
+    "fp8_plan",
     "fp8_workspace",
     "measured_plan",
     "nvfp4_batched_workspace",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from moe_core.ops._fp8_weights import Fp8Format
 from moe_core.ops._launch import (
+    RANGE_ENDS,
     ExpertsProblem,
     ScanConfig,
     SlotsConfig,
@@ -25,6 +26,10 @@ above, a matrix unit that reads e4m3 by itself outweighs three more launches."""
 
 MANY_ROWS = 192
 """Mean rows per expert from which tiles of 128 rows with loading warps are the fastest; below, half of them idle."""
+
+
+ROOMY = (9, 10)
+"""Major compute capabilities whose programs may have 227 KiB of shared memory; the others have 99 KiB."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,17 @@ def fp8_config(problem: ExpertsProblem, spec: Fp8Format, num_tokens: int, plain:
     config = _path_config(problem, spec, num_tokens, plain)
     # Programmatic launch came with Hopper.
     return config if problem.capability >= (9, 0) else replace(config, pdl=False)
+
+
+def fp8_plan(problem: ExpertsProblem, spec: Fp8Format, plain: bool = True) -> Fp8Plan:
+    """`fp8_config` for every range of T, equal neighbours merged; for people, who ask which kernels run."""
+    ranges: list[tuple[int | None, Fp8Config]] = []
+    for end in (*RANGE_ENDS, None):
+        config = fp8_config(problem, spec, 4 * RANGE_ENDS[-1] if end is None else end, plain)
+        if ranges and ranges[-1][1] == config:
+            ranges.pop()
+        ranges.append((end, config))
+    return tuple(ranges)
 
 
 def _path_config(problem: ExpertsProblem, spec: Fp8Format, num_tokens: int, plain: bool) -> Fp8Config:
@@ -113,12 +129,15 @@ def grouped_config(problem: ExpertsProblem, spec: Fp8Format, rows: float, plain:
     if spec.activations is None:
         tile = TileConfig(16 if rows <= 12 else 64, 64, 128, 4, 3, tma=tma)
         return Fp8GroupedConfig(tile, replace(tile, block_n=128), pdl=rows <= 24)
+    if problem.capability[0] not in ROOMY:
+        tile = TileConfig(32 if rows <= 24 else 64, 64, 128, 4, 3, tma=tma)
+        return Fp8GroupedConfig(tile, tile, pdl=rows <= 24)
     if rows <= 24:
-        # One height: a kernel with two of them took more registers than the smaller tiles saved.
         tile = TileConfig(32, 64, 128, 4, 5, tma=tma)
         if problem.intermediate_size < 2048:
             tile = TileConfig(32, 128, 128, 4, 3, small_m=16, tma=tma)
         return Fp8GroupedConfig(tile, tile)
+    # From here on one height of tiles: a kernel with two of them lost more registers than the smaller tiles saved.
     down = TileConfig(64, 128, 128, 4, 3, tma=tma)
     if rows < MANY_ROWS or problem.capability[0] != 9 or not plain:
         return Fp8GroupedConfig(TileConfig(64, 128, 128, 8, 5, tma=tma), down, pdl=False)

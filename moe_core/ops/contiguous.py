@@ -308,7 +308,8 @@ def quantize_rows_torch(x: torch.Tensor, quantize: RowQuantization) -> tuple[tor
     """
     groups = x.to(torch.float32).unflatten(-1, (-1, GROUP))
     amax = groups.abs().amax(dim=-1)
-    scale = torch.where(amax.isfinite(), amax.clamp(min=AMAX_FLOOR) / E4M3_MAX, torch.nan)
+    # by a tensor: CUDA torch multiplies by the reciprocal of a scalar, which is another bit
+    scale = torch.where(amax.isfinite(), amax.clamp(min=AMAX_FLOOR) / torch.full_like(amax, E4M3_MAX), torch.nan)
     if quantize.power_of_two:
         mantissa, exponent = torch.frexp(scale)
         power = torch.ldexp(torch.ones_like(mantissa), torch.where(mantissa == 0.5, exponent - 1, exponent))

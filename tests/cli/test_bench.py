@@ -70,3 +70,22 @@ def test_the_plot_is_drawn(tmp_path):
     file = tmp_path / "roofline.png"
     assert run("--tokens", "1", "--plot", str(file)).exit_code == 0
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_load_of_a_checkpoint_layer_by_layer(checkpoints):
+    folder = checkpoints("Qwen3-MoE")
+    arguments = ["bench", "--ep", str(folder), "--ranks", "2", "--tokens", "32", "--device", "cpu"]
+    data = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    config = json.loads((folder / "config.json").read_text())
+    assert len(data["layers"]) == config["num_hidden_layers"]
+    for layer in data["layers"]:
+        counts = layer["counts"]
+        assert sum(counts) == 32 * config["num_experts_per_tok"], "every choice is counted once"
+        assert layer["experts"] == pytest.approx(max(counts) * len(counts) / sum(counts))
+        half, even = len(counts) // 2, sum(counts[::2])
+        busiest = {"linear": max(sum(counts[:half]), sum(counts[half:])), "round_robin": max(even, sum(counts) - even)}
+        for placement, ranks in layer["ranks"].items():
+            assert ranks == {"2": pytest.approx(busiest[placement] * 2 / sum(counts))}
+    shown = CliRunner().invoke(app, arguments).stdout
+    assert "2 ranks, round robin" in shown
+    assert shown.count("mlp.experts") == config["num_hidden_layers"]

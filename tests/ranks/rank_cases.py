@@ -24,6 +24,8 @@ TOKENS = {
     "none on a rank": (4, 0, 7, 0),
     "none at all": (0, 0, 0, 0),
 }
+ODD_TOKENS = {"odd": (1, 2, 9, 3), "one": (1, 0, 0, 0)}
+"""More, for who cuts them in two."""
 
 
 @attrs.frozen
@@ -32,7 +34,7 @@ class Case:
     Attributes:
         dispatch: the backend.
         world: W.
-        tokens: a key of `TOKENS`.
+        tokens: a key of `TOKENS` or `ODD_TOKENS`.
         placement: which rank holds which expert.
         top_k: K; 5 is more than the experts of any one of 2 ranks.
         shared: None, "whole" or "partial" shared experts.
@@ -55,7 +57,7 @@ class Case:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return TOKENS[self.tokens][: self.world]
+        return (TOKENS | ODD_TOKENS)[self.tokens][: self.world]
 
     @property
     def replicated(self) -> bool:

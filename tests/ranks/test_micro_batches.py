@@ -15,7 +15,7 @@ from rank_cases import Case, E, H, build, choose
 from moe_core import MoEError, Routing, SharedExperts
 from moe_core.errors import CollectiveError
 from moe_core.reference import moe_reference
-from moe_core.testing import Faults, run_on_ranks
+from moe_core.testing import Faults, VirtualGroup, run_on_ranks
 from moe_core.types import SharedExpertsOrder
 
 BATCHES = ((5, 2, 0, 7), (1, 9, 4, 0), (0, 3, 3, 6))
@@ -165,6 +165,24 @@ def test_a_micro_batch_that_is_abandoned_or_never_arrives_holds_no_slot():
     first, second = run_on_ranks(2, work, return_errors=True, timeout_s=5)
     assert isinstance(first, ValueError), first
     assert isinstance(second, KeyError)
+
+
+@pytest.mark.parametrize("moment", ["start", "end"])
+@pytest.mark.parametrize(("stage", "collective"), [("prepare", "all_gather"), ("finalize", "reduce_scatter")])
+def test_a_collective_that_fails_is_told_with_the_stage(stage, collective, moment, monkeypatch):
+    """As a group of processes fails: it knows the rank and the collective, and the kernel what they were for."""
+
+    def fail(*_):
+        raise CollectiveError(f"rank 0 of 1 in {collective}: gone")
+
+    def work(group):
+        layer = build(Case("all_gather", 2), group)
+        monkeypatch.setattr(VirtualGroup, f"{collective}_start", fail if moment == "start" else lambda *_: fail)
+        with pytest.raises(CollectiveError, match=rf"^{stage} of all_gather: rank 0 of 1 in {collective}: gone$"):
+            layer(torch.ones(2, H), torch.ones(2, E))
+        assert layer.kernel._in_flight == 0
+
+    run_on_ranks(2, work)
 
 
 def test_ranks_that_interleave_differently_are_told():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 
 import attrs
 import pytest
 import torch
-from rank_cases import TOKENS, Case, E, H, assert_right, build, inputs
+import vendor_cases
+from rank_cases import ODD_TOKENS, TOKENS, Case, E, H, assert_right, build, inputs
 
 import moe_core
 from moe_core import MoEError, MoEParallelConfig, UnsupportedError
@@ -16,8 +18,6 @@ from moe_core.interfaces import Experts
 from moe_core.plugins import registry
 from moe_core.testing import Faults, run_on_ranks
 from moe_core.two_batch import TwoBatchRunner
-
-TOKENS.update({"odd": (1, 2, 9, 3), "one": (1, 0, 0, 0)})
 
 
 def run(group, case, runner="two_batch", **options):
@@ -32,7 +32,7 @@ def run(group, case, runner="two_batch", **options):
     return out
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("tokens", TOKENS | ODD_TOKENS)
 @pytest.mark.parametrize("dispatch", ["local", "all_gather", "batched"])
 def test_the_result_is_that_of_one_rank_whoever_comes_first(dispatch, tokens):
     for world, shared in itertools.product((1, 2, 4), (None, "whole")):
@@ -67,7 +67,7 @@ class Elementwise(Experts):
             out.add_(torch.where(ids < 0, 0.0, dispatched.x * ((ids + 2) * scores)))
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("tokens", TOKENS | ODD_TOKENS)
 @pytest.mark.parametrize("dispatch", ["all_gather", "batched"])
 def test_the_bits_are_the_default_runners_where_rows_are_independent(dispatch, tokens, monkeypatch):
     found = registry()
@@ -121,6 +121,29 @@ def test_a_dispatch_with_one_slot_is_refused_with_the_reason(monkeypatch):
         UnsupportedError, match=r"2 micro-batches in flight, and dispatch single declares max_in_flight = 1"
     ):
         run_on_ranks(1, run, Case("single", 1))
+
+
+@pytest.fixture
+def _vendors_in_two_batches(monkeypatch):
+    pytest.importorskip("moe_nixl_ep")
+    pytest.importorskip("moe_mori")
+    records = vendor_cases.register_emulations()
+    monkeypatch.setattr(moe_core, "build_runner", functools.partial(moe_core.build_runner, runner="two_batch"))
+    yield
+    monkeypatch.undo()
+    for record in records:
+        moe_core.unregister_plugin(record.name)
+
+
+@pytest.mark.usefixtures("_vendors_in_two_batches")
+def test_a_vendors_dispatch_with_two_slots_and_one_with_one():
+    for scheme in ("unquantized", "fp8_block"):
+        case = vendor_cases.VendorCase("nixl_ep", 2, scheme=scheme, shared=True)
+        for rank, outs in enumerate(run_on_ranks(2, vendor_cases.run, case)):
+            wanted, bound, _ = vendor_cases.expected(case, rank)
+            assert vendor_cases.close(outs[0], wanted, bound)
+    with pytest.raises(UnsupportedError, match=r"dispatch mori_emulated declares max_in_flight = 1"):
+        run_on_ranks(2, vendor_cases.run, vendor_cases.VendorCase("mori", 2))
 
 
 def test_ranks_with_different_runners_are_told_before_they_hang():

@@ -71,7 +71,7 @@ def _all_warps():
 def _product(
     x_ptr, w_ptr, s_ptr, x_bufs, w_bufs, s_bufs, lane, TILES: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """`[128, BN]` float32. While a step's product runs, the next step's weights are expanded."""
+    """`[128, BN]` float32; the next step's weights are read while a step's product runs."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BN, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     for k in gl.static_range(STAGES - 1):
@@ -84,7 +84,8 @@ def _product(
     async_copy.wait_group(STAGES - 2)
     left = _left_side_of(w_bufs.index(0), s_bufs.index(0), 0, TILES, LEFT)
     for k in range(TILES):
-        # Steps k and k + 1 are there, and all warps are done with step k - 1, whose buffers are filled next.
+        # Steps k and k + 1 are there, and all warps are done with step k - 1, whose buffers are filled next: here the
+        # compiler puts a barrier. Triton's own loops have no proxy fence between such copies and wgmma either.
         async_copy.wait_group(STAGES - 3)
         acc = warpgroup_mma(left, x_bufs.index(k % STAGES).slice(0, BN).permute((1, 0)), acc, is_async=True)
         ahead = k + STAGES - 1
@@ -97,7 +98,7 @@ def _product(
         async_copy.commit_group()
         stage = (k + 1) % STAGES
         following = _left_side_of(w_bufs.index(stage), s_bufs.index(stage), k + 1, TILES, LEFT)
-        # `left` lives as long as the product reads it, and what follows is ready before anyone waits.
+        # The product reads `left` until here.
         acc, left, following = warpgroup_mma_wait(0, deps=(acc, left, following))
         left = following
     # What comes next may use these buffers' memory, and the other warps' last product still reads from it.

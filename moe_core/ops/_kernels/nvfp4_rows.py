@@ -165,6 +165,9 @@ def nvfp4_rows_kernel(
                     following = load_tiles(w_ptr, s_ptr, lane, ahead, there, 4)
                     accs = multiply_tiles(block, x_ptrs, i, accs, i < BLOCKS, STEPS * WK > BLOCKS, 4, NT)
                     block = following
+                if STEPS == 0:
+                    # Dot products of less than a block: no step has moved on to the next row of tiles.
+                    w_ptr, s_ptr = row_tile(w, w_scale, expert, tile + (r + 1) * WR, lane, TILES, R)
                 accs = multiply_tiles(tail, x_ptrs, BLOCKS + first * 0, accs, mine, WK > 1, TAIL, NT)
                 for n in gl.static_range(NT):
                     _store_rows(
@@ -172,3 +175,7 @@ def nvfp4_rows_kernel(
                         m_0 + 8 * n, count, (gl.program_id(0) * RT + r) * WR, stride_c, R, N, UP, ACT, GATED, UP_FIRST,
                         INTERLEAVED, ALPHA, LIMIT, WEIGHT_ON_INPUT, WR, WK,
                     )  # fmt: skip
+    else:
+        if PDL and not UP:
+            # The next kernel's wait for this one must cover the up product's too.
+            gdc_wait()

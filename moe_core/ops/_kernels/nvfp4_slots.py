@@ -130,13 +130,14 @@ def nvfp4_slots_down_kernel(
     valid = lane >= 0
     if num_rows is not None:
         valid = valid & (token < gl.load(num_rows))
+    whole = valid & (lane < 32 * BLOCKS)  # a dot product of less than a block has its last tiles alone
     # The blocks of all choices, one after another, are dealt to the warps; the choices' last tiles then likewise. The
     # first weights are asked for before `act` is there.
     ring = ()
     for d in gl.static_range(DEPTH):
         at = first + d * WK
         ring = ring + (  # type: ignore[assignment]
-            _load_choice(ids, valid, w2, w2_scale, token, tile, at // EACH, at % EACH, lane, I, H, K, 4),
+            _load_choice(ids, whole, w2, w2_scale, token, tile, at // EACH, at % EACH, lane, I, H, K, 4),
         )  # fmt: skip
     tails = ()
     if TAIL > 0:
@@ -155,7 +156,7 @@ def nvfp4_slots_down_kernel(
             if STEPS > DEPTH:
                 ahead = at + DEPTH * WK
                 new = new + (  # type: ignore[assignment]
-                    _load_choice(ids, valid, w2, w2_scale, token, tile, ahead // EACH, ahead % EACH, lane, I, H, K, 4),
+                    _load_choice(ids, whole, w2, w2_scale, token, tile, ahead // EACH, ahead % EACH, lane, I, H, K, 4),
                 )  # fmt: skip
                 if DEPTH > 1:
                     loads_stay_above()

@@ -9,12 +9,11 @@ from __future__ import annotations
 import attrs
 import torch
 
-from moe_core import formats
 from moe_core.errors import CapacityError, MoEError
 from moe_core.interfaces import PrepareAndFinalize
 from moe_core.quant import UNQUANTIZED, QuantScheme
 from moe_core.types import Dispatched, Routing
-from moe_core.wire import payload_spec
+from moe_core.wire import payload_spec, quantize_rows
 
 
 @attrs.define
@@ -80,7 +79,7 @@ class BatchedPrepareAndFinalize(PrepareAndFinalize):
             CapacityError: T is above `max_tokens`, or (on a CPU) an expert got more rows than `capacity`.
         """
         spec = payload_spec(payload, self.scheme, "batched")
-        rows, scales = (hidden_states, None) if spec is None else formats.quantize(hidden_states, spec)
+        rows, scales = (hidden_states, None) if spec is None else quantize_rows(hidden_states, spec)
         return self.pack(rows, scales, routing.topk_ids, expert_map)
 
     def pack(

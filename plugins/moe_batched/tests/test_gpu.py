@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from moe_batched.prepare_finalize import BatchedPrepareAndFinalize
+from moe_core import formats
 from moe_core.errors import CapacityError
+from moe_core.quant import QuantScheme, QuantSpec
 from moe_core.types import MODEL_DTYPE_PAYLOAD, Routing
 
 pytestmark = [
@@ -58,3 +60,22 @@ def test_overflow_is_counted_and_raised_by_check() -> None:
     with pytest.raises(CapacityError, match="2 rows did not fit into capacity = 3"):
         backend.check()
     backend.check()
+
+
+@pytest.mark.parametrize("group", [(1, 128), (1, -1)])
+def test_rows_are_quantized_to_the_bits_of_formats(group: tuple[int, int]) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("e4m3 needs compute capability 8.9")
+    scheme = QuantScheme("rows", activation=QuantSpec("float8_e4m3fn", group, dynamic=True))
+    assert scheme.activation is not None
+    backend = BatchedPrepareAndFinalize(4, scheme=scheme)
+    x = torch.randn(9, 384, device="cuda").bfloat16()
+    routing = Routing(torch.randint(0, 4, (9, 2), device="cuda"), torch.rand(9, 2, device="cuda"))
+    q, scale = formats.quantize(x.cpu(), scheme.activation)
+    d = backend.prepare(x, routing, num_experts=4, expert_map=None, payload="rows")
+    assert d.x_scale is not None
+    assert d.tokens_per_expert is not None
+    for expert, count in enumerate(d.tokens_per_expert.tolist()):
+        rows = [token for token, ids in enumerate(routing.topk_ids.tolist()) if expert in ids]
+        assert torch.equal(d.x[expert, :count].cpu().view(torch.uint8), q[rows].view(torch.uint8))
+        assert torch.equal(d.x_scale[expert, :count].cpu(), scale[rows])

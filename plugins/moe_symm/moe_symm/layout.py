@@ -9,6 +9,7 @@ others' with plain stores:
     dispatched [W], combined [W]   int32 counters, one per source rank; only ever rise
     counts [2, W]                  int32, how many tokens each source has, by the epoch's parity
     epochs [2]                     int32, this rank's own: combines ended, dispatches begun
+    fault                          int32, 0 or what `fault_code` makes, from whichever rank has waited in vain
     ids, weights [W · M, K]        int32 local ids or -1, fp32: row source · M + token
     rows [W · M, P]                the tokens' rows, in the same places
     sums [W · M, P]                what comes back: row owner · M + token
@@ -85,6 +86,7 @@ class Layout:
             "combined": self.ranks * 4,
             "counts": 2 * self.ranks * 4,
             "epochs": 2 * 4,
+            "fault": 4,
             "ids": choices,
             "weights": choices,
             "rows": rows,
@@ -101,13 +103,8 @@ class Layout:
         return self.offsets["end"]
 
     @property
-    def fault(self) -> int:
-        """Offset of the fault word, int32, behind the lanes: 0, or what `fault_code` makes."""
-        return LANES * self.lane_bytes
-
-    @property
     def total_bytes(self) -> int:
-        return self.fault + _BLOCK
+        return LANES * self.lane_bytes
 
 
 @attrs.frozen

@@ -7,6 +7,7 @@ C row capacity per local expert.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,11 +20,16 @@ from moe_core.ops import (
     Fp8BatchedLauncher,
     Fp8ExpertsLauncher,
     Fp8Weights,
+    ScanConfig,
+    SlotsConfig,
+    TileConfig,
+    fp8_batched_config,
     fp8_batched_workspace,
+    fp8_plan,
     fp8_workspace,
 )
 from moe_core.quant import QuantScheme
-from moe_core.types import ActivationFormat, Dispatched, ExpertWeights
+from moe_core.types import ActivationFormat, Device, Dispatched, ExpertWeights, GateUpLayout, LaunchRange
 from quant_fp8.formats import format_of
 
 
@@ -41,6 +47,8 @@ class Fp8TritonExperts(Experts):
         self._format = found
         self._dtype = config.dtype
         self._activation = Activation(spec.function, layout and layout.value, spec.limit, spec.alpha)
+        halves = layout in (GateUpLayout.GATE_UP, GateUpLayout.UP_GATE)
+        self._plain = spec.function == "silu" and halves and spec.limit is None and not spec.bias
         self._problem = ExpertsProblem(
             num_experts=problem.num_local_experts,
             top_k=config.top_k,
@@ -80,6 +88,20 @@ class Fp8TritonExperts(Experts):
         assert ids is not None and router_weights is not None, "STANDARD format comes with ids and weights"
         self._launch(dispatched.x, ids, router_weights, workspaces, out, dispatched.num_rows, dispatched.x_scale)
 
+    def launch_ranges(self, activation_format: ActivationFormat, device: Device) -> tuple[LaunchRange, ...]:
+        """The kernels of each range of T."""
+        problem = self._problem
+        if device.compute_capability is not None:
+            problem = replace(problem, capability=device.compute_capability)
+        if activation_format is ActivationFormat.BATCHED:
+            shown = _shown(fp8_batched_config(problem, self._format, 128))
+            return (LaunchRange(0, f"{shown} at C = 128", "heuristics"),)
+        ranges, first = [], 0
+        for end, config in fp8_plan(problem, self._format, self._plain):
+            ranges.append(LaunchRange(first, _shown(config), "heuristics"))
+            first = first if end is None else end + 1
+        return tuple(ranges)
+
     def _packed(self, weights: ExpertWeights) -> Fp8Weights:
         """The record as the kernels read it. Records are compared by identity, so a new one binds anew."""
         assert weights.w13_scale is not None and weights.w2_scale is not None, "packed weights come with scales"
@@ -96,3 +118,17 @@ class Fp8TritonExperts(Experts):
             input13=weights.w13_input_scale if static else None,
             input2=weights.w2_input_scale if static else None,
         )
+
+
+def _shown(config: Any) -> str:
+    """A configuration in one line: "grouped, up 64x128x128, down 64x128x128"."""
+    if isinstance(config, SlotsConfig):
+        return "slots"
+    tiles = [
+        f"{part.block_m}x{part.block_n}x{part.block_k}"
+        if isinstance(part, TileConfig)
+        else "128x256x128, loading warps"
+        for part in (config.up, config.down)
+    ]
+    path = "scan by slot" if isinstance(config, ScanConfig) and config.by_slot else config.path
+    return f"{path}, up {tiles[0]}, down {tiles[1]}"

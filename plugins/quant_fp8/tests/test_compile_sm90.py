@@ -68,7 +68,8 @@ def space(shapes):
 
 
 PATHS = [
-    ("fp8_block", "slots", 2), ("fp8_block", "by_slot", 4), ("fp8_block", "grouped", 5), ("fp8_block", "specialized", 5),
+    ("fp8_block", "slots", 2), ("fp8_block", "by_slot", 4), ("fp8_block", "grouped", 5),
+    ("fp8_block", "specialized", 5),
     ("fp8_tensor", "slots", 2), ("fp8_tensor_dynamic", "grouped", 10), ("weight_only_block", "grouped", 4),
 ]  # fmt: skip
 MORE = [

@@ -57,8 +57,10 @@ def test_loading_warps_where_experts_have_many_rows_and_the_activation_is_the_on
 @pytest.mark.parametrize("tokens", [1, 8, 100, 5000])
 @pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (7, 5), (512, 16)])
 @pytest.mark.parametrize(("hidden", "intermediate"), [(2880, 1408), (64, 32), (16384, 53248)])
-def test_tiles_fit_everywhere(scheme, tokens, experts, top_k, hidden, intermediate):
-    problem, spec = ExpertsProblem(experts, top_k, hidden, intermediate, itemsize=1), format_of(scheme)
+@pytest.mark.parametrize(("capability", "memory"), [((9, 0), 227), ((8, 9), 99), ((12, 0), 99)])
+def test_tiles_fit_everywhere(scheme, tokens, experts, top_k, hidden, intermediate, capability, memory):
+    problem = ExpertsProblem(experts, top_k, hidden, intermediate, itemsize=1, capability=capability)
+    spec = format_of(scheme)
     configs = [fp8_config(problem, spec, tokens), fp8_batched_config(problem, spec, tokens)]
     width = 2 if spec.activations is None else 1  # bytes of an activation
     for config in configs:
@@ -70,7 +72,7 @@ def test_tiles_fit_everywhere(scheme, tokens, experts, top_k, hidden, intermedia
         for tile, columns in ((config.up, 2), (config.down, 1)):
             if isinstance(tile, TileConfig):
                 assert tile.block_k == 128
-                assert tile.stages * (tile.block_m * width + tile.block_n * columns) * 128 <= 227 * 1024
+                assert tile.stages * (tile.block_m * width + tile.block_n * columns) * 128 <= memory * 1024
 
 
 def test_workspaces_are_host_arithmetic():

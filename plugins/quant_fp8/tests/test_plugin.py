@@ -153,6 +153,32 @@ def test_weights_are_stored_packed():
     assert layer.quant_method.activation_quant(layer) == QuantSpec("float8_e4m3fn", (1, 128), dynamic=True)
 
 
+def test_which_kernels_run_is_told_without_a_gpu():
+    from moe_core.types import ActivationFormat, Device
+    from quant_fp8.experts import Fp8TritonExperts
+
+    config = attrs.evolve(CONFIG, num_experts=128, top_k=8, hidden_size=2048, intermediate_size=768)
+    experts = Fp8TritonExperts(config, MoEParallelConfig(), schemes.FP8_BLOCK)
+    h200 = Device("cuda", (9, 0), "NVIDIA H200")
+    ranges = experts.launch_ranges(ActivationFormat.STANDARD, h200)
+    assert [item.first_row for item in ranges] == sorted({item.first_row for item in ranges})
+    assert [item.what.partition(",")[0] for item in ranges][:3] == ["slots", "scan by slot", "scan"]
+    assert "loading warps" in ranges[-1].what
+    assert "at C = 128" in experts.launch_ranges(ActivationFormat.BATCHED, h200)[0].what
+
+
+def test_on_a_gpu_the_kernels_are_chosen_but_for_blocks_that_they_do_not_read():
+    from moe_core.types import Device
+
+    h200, turing = Device("cuda", (9, 0), "NVIDIA H200"), Device("cuda", (7, 5), "NVIDIA T4")
+    assert moe_core.plan(CONFIG, scheme="fp8_block", device=h200).ranges[0].candidate.name == "fp8_triton"
+    assert moe_core.plan(CONFIG, scheme="fp8_block", device=turing).ranges[0].candidate.name == "fp8_torch"
+    odd = {"quant_method": "fp8", "weight_block_size": [64, 32]}
+    plan = moe_core.plan(CONFIG, scheme=method_for_checkpoint(odd).scheme, device=h200)
+    assert plan.ranges[0].candidate.name == "fp8_torch"
+    assert "the kernels read blocks of 128 × 128" in plan.explain()
+
+
 def test_its_declaration_imports_nothing_heavy():
     code = "import sys, quant_fp8.plugin; print('moe_core.emulated' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
