@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from moe_core.errors import MoEError, UnsupportedError
+from moe_core.errors import CollectiveError, MoEError, UnsupportedError
 from moe_core.expert_load import ExpertLoad
 from moe_core.hookspecs import PLUGIN_API, hookimpl
 from moe_core.interfaces import Group, MoERunnerInterface, Router
@@ -263,7 +263,11 @@ class MoERunner(torch.nn.Module, MoERunnerInterface):
             raise MoEError(
                 "this layer's output is a sum over ranks, and the runner has no group: build it with group=…"
             )
-        return group.all_reduce(tensor)
+        try:
+            return group.all_reduce(tensor)
+        except CollectiveError as error:
+            error.during("sum over ranks")
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle carries the plan; the kernel is made anew, since backends may hold device buffers."""

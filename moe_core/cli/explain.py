@@ -145,7 +145,9 @@ def _ranks(asked: Asked) -> str:
 
 def _show(name: str, groups: Sequence[PlanGroup], tables: Sequence[Sequence[SchemeTable]], asked: Asked) -> None:
     count = sum(len(group.modules) for group in groups)
-    output.emit(f"{name}: {count} MoE layers" + ("" if asked.world == 1 else f" on {_ranks(asked)}"))
+    output.emit(
+        f"{name}: {count} MoE layer{'s' if count != 1 else ''}" + ("" if asked.world == 1 else f" on {_ranks(asked)}")
+    )
     for group, found in zip(groups, tables, strict=True):
         output.emit(group.title)
         for each in found:

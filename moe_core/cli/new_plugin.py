@@ -11,6 +11,7 @@ import click
 
 from moe_core.cli import output
 from moe_core.errors import MoEError
+from moe_core.plugins import registry
 
 _TEMPLATE = Path(__file__).parent / "template"
 _KINDS = ("dispatch", "experts", "quant")
@@ -41,11 +42,16 @@ def write_plugin(name: str, kind: str, into: Path) -> Path:
     """Render the template of a kind ("dispatch", "experts", "quant") into a new folder, and return that.
 
     Raises:
-        ValueError: `name` is no Python name in small letters.
+        ValueError: `name` is no Python name in small letters, or is taken by a plugin that is installed.
         MoEError: copier is not installed, or the folder exists already.
     """
     if not _NAME.fullmatch(name) or keyword.iskeyword(name):
-        raise ValueError(f"name = {name!r}; a Python name in small letters, digits and underscores, such as acme_ring")
+        raise ValueError(
+            f"name = {name!r}; expected a Python name in small letters, digits and underscores, such as acme_ring"
+        )
+    found = registry()
+    if name in {"dispatch": found.dispatch, "experts": found.experts, "quant": found.quant_methods}[kind]:
+        raise ValueError(f"name = {name!r}; a plugin that is installed registers this {kind} already: choose another")
     if importlib.util.find_spec("copier") is None:
         raise MoEError('new-plugin needs copier: pip install "moe-core[authors]"')
     import copier  # noqa: PLC0415 - an extra

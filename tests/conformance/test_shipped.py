@@ -178,6 +178,7 @@ OTHERS = [
     "dispatch:batched",
     "experts:fp8_torch_cached",
     "experts:nvfp4_torch_cached",
+    "runner:two_batch",
     "scheme:fp8_block_ue8m0",
     "scheme:fp8_tensor_dynamic",
     "scheme:fp8_weight_only",

@@ -87,7 +87,8 @@ def test_the_tutorial_is_the_example_package():
     blocks = tutorial_blocks()
     shown = {name for name in blocks if (ACME / name).exists()}
     assert shown == {f"acme_moe/{part}.py" for part in ("dispatch", "dispatch_plugin", "experts", "experts_plugin")} | {
-        "pyproject.toml"
+        "pyproject.toml",
+        "tests/test_conformance.py",
     }
     for name in shown:
         assert blocks[name].removeprefix("# pyproject.toml\n") == (ACME / name).read_text(), name
@@ -119,6 +120,12 @@ def test_the_tutorials_layer_runs(acme, capsys):
     expected = re.search(r"print\(.*# (.*)$", block, re.MULTILINE)
     assert expected
     assert capsys.readouterr().out.strip() == expected[1]
+
+
+def test_the_tutorials_owners_are_as_it_says(capsys):
+    block = tutorial_blocks()["owners.py"]
+    exec(compile(block, "owners.py", "exec"), {})
+    assert capsys.readouterr().out.splitlines() == re.findall(r"^print\(.*# (.*)$", block, re.MULTILINE)
 
 
 def test_the_site_builds_without_warnings(tmp_path):

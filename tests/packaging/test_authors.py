@@ -49,7 +49,6 @@ def conformance(run, python, *names: str) -> dict[str, str]:
     return verdicts
 
 
-@pytest.mark.full
 def test_the_example_package_is_built_installed_and_conforms(install, third_party_python, run, list_plugins):
     install(EXAMPLE)
     listed = {record["name"]: record for record in list_plugins(third_party_python)}
@@ -80,3 +79,8 @@ def test_a_folder_that_exists_is_not_overwritten(tmp_path):
 def test_a_name_that_is_no_package_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match="Python name"):
         write_plugin(name, "quant", tmp_path)
+
+
+def test_a_name_that_is_taken_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'local'; a plugin that is installed registers this dispatch already"):
+        write_plugin("local", "dispatch", tmp_path)

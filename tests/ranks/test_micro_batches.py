@@ -185,6 +185,19 @@ def test_a_collective_that_fails_is_told_with_the_stage(stage, collective, momen
     run_on_ranks(2, work)
 
 
+def test_a_sum_over_ranks_that_fails_is_told_too(monkeypatch):
+    def fail(*_):
+        raise CollectiveError("rank 0 of 2 in all_reduce: gone")
+
+    def work(group):
+        layer = build(Case("local", 2), group)
+        monkeypatch.setattr(VirtualGroup, "all_reduce", fail)
+        with pytest.raises(CollectiveError, match=r"^sum over ranks: rank 0 of 2 in all_reduce: gone$"):
+            layer(torch.ones(2, H), torch.ones(2, E))
+
+    run_on_ranks(2, work)
+
+
 def test_ranks_that_interleave_differently_are_told():
     """Rank 1 combines before it dispatches the second batch: the group sees another collective in turn."""
     orders = ("dA dB eA sA fA eB sB fB", "dA eA sA fA dB eB sB fB")

@@ -99,7 +99,7 @@ class EmulatedMemory:
         layout: of the memory.
         timeout_s: how long a program waits for another rank.
         seed: of everything random; with the rank's number.
-        jitter_s: upper bound of a pause before each launch, and before the turns of a program that is the last one.
+        jitter_s: upper bound of a pause before each launch.
     """
 
     program = Program
@@ -155,14 +155,13 @@ class EmulatedMemory:
 
     def _run(self, lane: int, kernel: Callable[[Program], Action]) -> None:
         """A launch and the host's wait for it: the programs in random order, until all have ended."""
-        self._pause()
+        if self._jitter_s:
+            time.sleep(self.random.uniform(0, self._jitter_s))
         programs = self.random.randint(1, MOST_PROGRAMS)
         grid = [self.program(self, lane, number, programs) for number in range(programs)]
         running = {program: kernel(program) for program in grid}
         pace = {program: self.random.choice(_PACES) for program in grid}
         while running:
-            if len(running) == 1:
-                self._pause()  # all others have ended, so other ranks may be in the next step already
             for program in self.random.sample(list(running), len(running)):
                 if self.random.random() > pace[program]:
                     continue
@@ -171,10 +170,6 @@ class EmulatedMemory:
                     program.arrive(all_of_them=True)
                     del running[program]
             time.sleep(_PAUSE_S if self.random.random() < 0.2 else 0)
-
-    def _pause(self) -> None:
-        if self._jitter_s:
-            time.sleep(self.random.uniform(0, self._jitter_s))
 
     def _dispatch(
         self, program: Program, shares: Shares, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor

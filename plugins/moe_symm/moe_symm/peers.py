@@ -34,8 +34,6 @@ from moe_symm.layout import (
 )
 
 _ID_DTYPES = (torch.int32, torch.int64)
-_POLLS_PER_S = 1_500_000
-"""About: a look at one's own counters takes 0.67 µs. Reading a clock each time would make each look longer."""
 _MOST_COLUMNS = 8192
 """Columns of a row that a program holds at once: 16 a thread."""
 
@@ -94,7 +92,7 @@ class PeerMemory:
     def __init__(self, group: Group, layout: Layout, timeout_s: float) -> None:
         assert group.torch_group is not None, "`connect` asks for it"
         self._group, self._layout, self._rank = group, layout, group.rank
-        self._polls = min(round(timeout_s * _POLLS_PER_S), 2**31 - 1)
+        self._limit_ms = round(timeout_s * 1000)
         device = torch.device("cuda", torch.cuda.current_device())
         self.memory = symmetric_memory.empty(layout.total_bytes, dtype=torch.uint8, device=device)
         self._handle = symmetric_memory.rendezvous(self.memory, group.torch_group)
@@ -121,8 +119,8 @@ class PeerMemory:
             for id_dtype in _ID_DTYPES:
                 self._warm_up(fixed, count, id_dtype, dtype)
             self._launches[shares] = _Launches(
-                dispatch=KernelLaunch(pair.dispatch, fixed["dispatch"], warps=count, stages=1, pdl=True),
-                combine=KernelLaunch(pair.combine, fixed["combine"], warps=count, stages=1, pdl=True),
+                dispatch=KernelLaunch(pair.dispatch, fixed["dispatch"], warps=count, stages=1),
+                combine=KernelLaunch(pair.combine, fixed["combine"], warps=count, stages=1),
             )
         self._group.barrier()
 
@@ -131,7 +129,7 @@ class PeerMemory:
         x = torch.empty(1, layout.hidden, dtype=dtype, device=device)
         ids = torch.empty(1, layout.top_k, dtype=id_dtype, device=device)
         weights = torch.empty(1, layout.top_k, device=device)
-        tail, options = self._tail(0, 1), {"num_warps": count, "num_stages": 1, "launch_pdl": True, "grid": (1,)}
+        tail, options = self._tail(0, 1), {"num_warps": count, "num_stages": 1, "grid": (1,)}
         pair.dispatch.warmup(x, ids, weights, *tail, **fixed["dispatch"], **options)
         pair.combine.warmup(x, ids, x, *tail, **fixed["combine"], **options)
 
@@ -147,7 +145,7 @@ class PeerMemory:
 
     def _tail(self, lane: int, tokens: int) -> tuple[Any, ...]:
         status = self._status.data_ptr()
-        return self._peers[lane], self._bases[lane], status, tokens, self._rank, self._polls
+        return self._peers[lane], self._bases[lane], status, tokens, self._rank, self._limit_ms
 
     def fault(self) -> int:
         return self._seen.value

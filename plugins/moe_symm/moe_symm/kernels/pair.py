@@ -4,15 +4,13 @@ Shape letters: T tokens on this rank · M the largest T · H hidden · P pitch o
 
 Stores to other ranks are plain. What makes them visible is one release per program: all its threads meet, then W of
 them add to the W counters with release semantics at system scope. The reader's acquire loads poll its own memory.
-
-Both kernels may start while the kernel before them ends (programmatic dependent launch): they wait for its end first.
 """
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import globaltimer
 
-DYNAMIC = ["base", "status", "tokens", "rank", "polls"]
+DYNAMIC = ["base", "status", "tokens", "rank", "limit_ms"]
 """Not specialised: their values differ by rank and by step, and no step may compile."""
 
 
@@ -36,24 +34,21 @@ def _count(counters, there, amount):
 
 
 @triton.jit
-def _wait(base, status, faults, ranks, counters, target, dead, polls, rank, STAGE: tl.constexpr, W: tl.constexpr):
-    """Until every rank has counted up to `target`; 1 if one did not in time, and then all ranks are told.
-
-    All counters are polled at once, by lanes of each warp: one after the other, each would cost its latency.
-    """
-    there = ranks < W
-    address = base + counters + tl.where(there, ranks, 0) * 4
-    missing = tl.min(_acquire(address) - target)
-    left = tl.where(dead == 0, polls, 0)
-    while (missing < 0) & (left > 0):
-        missing = tl.min(_acquire(address) - target)
-        left -= 1
-    late = tl.where(missing < 0, 1, dead)
-    if (missing < 0) & (dead == 0):
-        behind = tl.max(tl.where(_acquire(address) - target < 0, ranks, -1))
-        code = (STAGE << 16) | (rank << 8) | tl.maximum(behind, 0)
-        tl.store(faults.to(tl.pointer_type(tl.int32)), code, mask=there)
-        tl.store(status.to(tl.pointer_type(tl.int32)), code)
+def _wait(base, status, faults, there, counters, target, dead, limit_ms, rank, STAGE: tl.constexpr, W: tl.constexpr):
+    """Until every rank has counted up to `target`; 1 if one did not in time, and then all ranks are told."""
+    late = dead
+    for source in tl.static_range(W):
+        address = base + counters + source * 4
+        value = _acquire(address)
+        if value - target < 0:
+            deadline = globaltimer() + tl.where(late == 0, limit_ms, 0).to(tl.int64) * 1000000
+            while (value - target < 0) & (globaltimer() < deadline):
+                value = _acquire(address)
+            if (value - target < 0) & (late == 0):
+                code = (STAGE << 16) | (rank << 8) | source
+                tl.store(faults.to(tl.pointer_type(tl.int32)), code, mask=there)
+                tl.store(status.to(tl.pointer_type(tl.int32)), code)
+                late = 1
     tl.debug_barrier()
     return late
 
@@ -87,7 +82,7 @@ def dispatch(
     status,  # address of an int32 in pinned host memory
     tokens,  # T
     rank,
-    polls,  # how many times a wait looks
+    limit_ms,  # how long a wait may take
     W: tl.constexpr,
     WP: tl.constexpr,  # W and K rounded up to powers of two
     M: tl.constexpr,
@@ -110,8 +105,6 @@ def dispatch(
     ROWS: tl.constexpr,
 ):
     """A program for each (token, rank) in turn; program 0 waits for the other ranks' tokens."""
-    gdc_launch_dependents()
-    gdc_wait()
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     dtype: tl.constexpr = x.dtype.element_ty
@@ -149,7 +142,7 @@ def dispatch(
     if program < active:
         _count(lanes + DISPATCHED + rank * 4, there, tl.where(program == 0, UNITS - active + 1, 1))
     if program == 0:
-        _wait(base, status, lanes + FAULT, ranks, DISPATCHED, epoch * UNITS, dead, polls, rank, STAGE, W)
+        _wait(base, status, lanes + FAULT, there, DISPATCHED, epoch * UNITS, dead, limit_ms, rank, STAGE, W)
 
 
 @triton.jit(do_not_specialize=DYNAMIC)
@@ -162,7 +155,7 @@ def combine(
     status,  # address of an int32 in pinned host memory
     tokens,  # T
     rank,
-    polls,  # how many times a wait looks
+    limit_ms,  # how long a wait may take
     W: tl.constexpr,
     WP: tl.constexpr,
     M: tl.constexpr,
@@ -184,8 +177,6 @@ def combine(
     SUMS: tl.constexpr,
 ):
     """Send the experts' rows home, clear their ids, and sum what comes back in fp32, in the order of ranks."""
-    gdc_launch_dependents()
-    gdc_wait()
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     dtype: tl.constexpr = y.dtype.element_ty
@@ -195,9 +186,7 @@ def combine(
     lanes = tl.load(peers + ranks, mask=there, other=0)
     epoch = tl.load(_at(base + EPOCHS, tl.int32) + 1)
     dead = (tl.load(_at(base + FAULT, tl.int32), volatile=True) != 0).to(tl.int32)
-    even = tl.load(_at(base + COUNTS, tl.int32) + ranks, mask=there, other=0)  # both, so as not to wait for the epoch
-    odd = tl.load(_at(base + COUNTS, tl.int32) + W + ranks, mask=there, other=0)
-    counts = tl.where((epoch & 1) == 0, even, odd)
+    counts = tl.load(_at(base + COUNTS, tl.int32) + (epoch & 1) * W + ranks, mask=there, other=0)
     if program == 0:
         tl.store(_at(base + EPOCHS, tl.int32), epoch)
         if dead != 0:  # another rank's fault: this one's host learns it here
@@ -227,14 +216,12 @@ def combine(
     if program < active:
         _count(lanes + COMBINED + rank * 4, there, tl.where(program == 0, UNITS - active + 1, 1))
     if (program < tokens) | (program == 0):
-        chosen = tl.load(ids + program * K + k, mask=(k < K) & (program < tokens), other=-1).to(tl.int32)
-        late = _wait(base, status, lanes + FAULT, ranks, COMBINED, epoch * UNITS, dead, polls, rank, STAGE, W)
+        late = _wait(base, status, lanes + FAULT, there, COMBINED, epoch * UNITS, dead, limit_ms, rank, STAGE, W)
         # what a rank that never came would have sent is not a number, and must not look like one
         poison = tl.where(late != 0, float("nan"), 0.0)
         for token in range(program, tokens, programs):
+            chosen = tl.load(ids + token * K + k, mask=k < K, other=-1).to(tl.int32)
             owner, _ = _place(chosen, SHARE, MORE, LINEAR, W)
-            ahead = token + programs
-            chosen = tl.load(ids + ahead * K + k, mask=(k < K) & (ahead < tokens), other=-1).to(tl.int32)
             for first in tl.static_range(0, H, BLOCK):
                 inside = first + column < H
                 total = tl.zeros([BLOCK], tl.float32)
