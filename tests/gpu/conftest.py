@@ -10,12 +10,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # the shared cases
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
     here = str(Path(__file__).parent)
     for item in items:
         if str(item.path).startswith(here):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -163,7 +163,9 @@ def connect(group: Group, layout: Layout, timeout_s: float) -> PeerMemory:
         MoEError: on every rank, if one of them can't: another host, no access to a peer, another shape.
     """
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # torch sets it up unasked, and here nobody uses it
-    check_agreement(group, {"host": _host(), "symmetric memory": attrs.asdict(layout), "peer access": _misfit()})
+    check_agreement(
+        group, {"host, which must be one": _host(), "symmetric memory": attrs.asdict(layout), "peer access": _misfit()}
+    )
     if misfit := _misfit():
         raise MoEError(f"dispatch symm: {misfit}; choose another dispatch")
     if group.torch_group is None:

@@ -47,5 +47,5 @@ def _make(config: Any, parallel: Any, scheme: Any, group: Any, placement: Any) -
 
 @hookimpl
 def moe_core_register_prepare_finalize(register: Callable[..., None]) -> None:
-    # Below `nixl_ep` and `all_gather`: to be asked for by name, until it has been measured beside them.
-    register("symm", _make, SYMM, probe, priority=-5)
+    # Below `nixl_ep` and `all_gather`: to be asked for by name, until whole layers have run with it on GPUs.
+    register("symm", _make, SYMM, probe, priority=-6)

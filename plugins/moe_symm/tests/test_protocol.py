@@ -179,14 +179,17 @@ class IdleProgramIsLate(EmulatedMemory):
 
     def _run(self, lane: int, kernel: Any) -> None:
         self.launches += 1
+        first, second = (self.program(self, lane, number, 2) for number in range(2))
+        running = {program: kernel(program) for program in (first, second)}
         held_back = (self.number, self.launches) == (0, 2)
-        for number in (0, 1) if held_back else (1, 0):
-            if held_back and number == 1:
+        while running:
+            if held_back and first not in running:
                 self._group.store.get("rank 1 has sent its next tokens")
-            program = self.program(self, lane, number, 2)
-            for _ in kernel(program):
-                time.sleep(0)
-            program.arrive(all_of_them=True)
+            for program in [first] if held_back and first in running else list(running):
+                if next(running[program], self) is self:
+                    program.arrive(all_of_them=True)
+                    del running[program]
+            time.sleep(0)
 
 
 class IdleProgramReadsTheNextCounts(IdleProgramIsLate):
