@@ -6,19 +6,19 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import attrs
 import torch
 
+from moe_core.answers import probed
 from moe_core.config import MoEConfig, MoEParallelConfig, Problem
 from moe_core.errors import MoEError, UnsupportedError
-from moe_core.interfaces import Candidate, CapabilitiesT, Group, MoERunnerInterface
+from moe_core.interfaces import Group, MoERunnerInterface
 from moe_core.plugins import PluginRecord, registry
 from moe_core.quant import UNQUANTIZED, QuantMethod, QuantScheme
 from moe_core.routed_experts import RoutedExperts
 from moe_core.select import Plan, select
 from moe_core.shared_experts import SharedExperts
 from moe_core.tuned import read_tuned
-from moe_core.types import Availability, Device
+from moe_core.types import Device
 
 
 def plugins() -> list[PluginRecord]:
@@ -186,12 +186,3 @@ def device_of(device: torch.device | str | Device | None) -> Device:
     if isinstance(device, Device):
         return device
     return Device.of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def probed(candidate: Candidate[CapabilitiesT]) -> Candidate[CapabilitiesT]:
-    """The candidate with its probe's answer, as `select` wants it."""
-    try:
-        availability = candidate.probe()
-    except Exception as error:  # noqa: BLE001 - a probe that raises is that backend's reason, nobody else's crash
-        availability = Availability(False, f"its probe raised {type(error).__name__}: {error}")
-    return attrs.evolve(candidate, availability=availability)

@@ -14,6 +14,8 @@ import torch
 
 from moe_core.errors import MoEError
 from moe_core.quant import UNQUANTIZED, QuantScheme
+from moe_core.types import GATED_FUNCTIONS as GATED_FUNCTIONS  # beside `ActivationSpec`, for who writes one
+from moe_core.types import UNGATED_FUNCTIONS as UNGATED_FUNCTIONS
 from moe_core.types import (
     ActivationFormat,
     Device,
@@ -25,8 +27,6 @@ from moe_core.types import (
 )
 
 MODEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-GATED_FUNCTIONS = ("silu", "gelu", "gelu_tanh", "swiglu_oai")
-UNGATED_FUNCTIONS = ("silu", "gelu", "relu2")
 
 
 def _one_of(*legal: Any) -> Any:

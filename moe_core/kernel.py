@@ -17,6 +17,7 @@ from typing import Any
 import attrs
 import torch
 
+from moe_core import forms
 from moe_core.agreement import check_agreement
 from moe_core.errors import CollectiveError, MoEError
 from moe_core.expert_map import ExpertMapManager
@@ -66,8 +67,8 @@ class MoEKernel:
         arguments = (config, parallel, plan.scheme, group, config.placement)
         self.plan = plan
         self.expert_map = ExpertMapManager(config.num_experts, parallel.ep_size, parallel.ep_rank, config.placement)
-        self.prepare_finalize: PrepareAndFinalize = plan.dispatch.factory(*arguments)
-        self.experts: list[Experts] = [item.candidate.factory(*arguments) for item in plan.ranges]
+        self.prepare_finalize = forms.made("dispatch", plan.dispatch, PrepareAndFinalize, arguments)
+        self.experts = [forms.made("experts", item.candidate, Experts, arguments) for item in plan.ranges]
         for item, experts in zip(plan.ranges, self.experts, strict=True):
             if table := plan.launch.get(item.candidate.label):
                 experts.use_launch(table)
@@ -87,6 +88,8 @@ class MoEKernel:
             self.expert_map.global_to_physical(plan.problem.device.type)
         self._in_flight = 0
         self._carvings: dict[tuple[int, int], _Carving] = {}
+        for index, first in enumerate(self._first_rows):
+            self._carving(index, max(first, 1))  # a malformed declaration is told now, and not in the first step
 
     def __call__(
         self,
@@ -204,7 +207,12 @@ class MoEKernel:
                 expert_out = dispatched.x.new_empty(shape, dtype=flight.out.dtype)
             if dispatched.x.numel():
                 workspaces = self._workspaces(index, rows, dispatched.x.device)
-                self.experts[index].apply(dispatched, weights, workspaces, expert_out)
+                returned: Any = self.experts[index].apply(dispatched, weights, workspaces, expert_out)
+                if returned is not None and self.plan.config.debug:
+                    raise MoEError(
+                        f"experts {self.plan.ranges[index].candidate.label}: apply returned a "
+                        f"{type(returned).__name__}; expected None, and the result in out (Experts.apply, docs/api.md)"
+                    )
             return expert_out
         except BaseException:
             self._release(flight)
@@ -260,7 +268,8 @@ class MoEKernel:
 
     def _release(self, flight: Flight) -> None:
         self._in_flight -= 1
-        self.prepare_finalize.release(flight.dispatched.handle)
+        if isinstance(flight.dispatched, Dispatched):  # else debug mode has just said that it is not
+            self.prepare_finalize.release(flight.dispatched.handle)
 
     def _admit(self, hidden_states: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Routing]:
         """Give the dispatch what it declared: unit stride in H, its id dtype, physical ids, no -1, weight 1."""
@@ -290,7 +299,8 @@ class MoEKernel:
         if key not in self._carvings:
             if len(self._carvings) >= _MAX_CARVINGS:
                 self._carvings.clear()
-            shapes = self.experts[index].workspace_shapes(rows, self.plan.activation_format)
+            who = f"experts {self.plan.ranges[index].candidate.label}"
+            shapes = forms.workspace_shapes(who, self.experts[index], rows, self.plan.activation_format)
             self._carvings[key] = _Carving.of(shapes)
         return self._carvings[key]
 
@@ -317,15 +327,10 @@ class MoEKernel:
 
     def _check_dispatched(self, dispatched: Dispatched) -> None:
         """Debug mode: hold a backend to the contract of `Dispatched`."""
-        name, local = self.plan.dispatch.name, self.expert_map.num_local_experts
-        counts, batched = dispatched.tokens_per_expert, self.plan.activation_format is ActivationFormat.BATCHED
-        if batched and (counts is None or counts.dtype != torch.int32 or tuple(counts.shape) != (local,)):
-            shown = None if counts is None else (counts.dtype, tuple(counts.shape))
-            raise MoEError(f"dispatch {name}: tokens_per_expert is {shown}; the contract is int32 (E_l,) = ({local},)")
-        if not batched and (dispatched.topk_ids is None or dispatched.topk_ids.shape[0] != dispatched.x.shape[0]):
-            raise MoEError(f"dispatch {name}: standard format needs one row of topk_ids per row of x")
-        if dispatched.x.stride(-1) != 1:
-            raise MoEError(f"dispatch {name}: x has strides {dispatched.x.stride()}; the contract is unit stride in H")
+        misfit = forms.misfit(self.plan, dispatched, self.expert_map.num_local_experts)
+        if misfit is not None:
+            dispatch = self.plan.dispatch
+            raise MoEError(f"dispatch {dispatch.name!r} ({dispatch.plugin}): {misfit.text}")
 
 
 def row_bound(plan: Plan, tokens: int) -> int | None:
@@ -339,12 +344,12 @@ def row_bound(plan: Plan, tokens: int) -> int | None:
 
 def workspace_bytes(experts: Experts, rows: int, activation_format: ActivationFormat) -> int:
     """The workspaces of a step at a row bound, in bytes: exactly what a kernel allocates for these experts."""
-    return _Carving.of(experts.workspace_shapes(rows, activation_format)).total
+    return _Carving.of(forms.workspace_shapes(type(experts).__name__, experts, rows, activation_format)).total
 
 
 def workspace_bytes_by_name(experts: Experts, rows: int, activation_format: ActivationFormat) -> dict[str, int]:
     """The same, workspace by workspace, each with what aligns the next one."""
-    shapes = experts.workspace_shapes(rows, activation_format)
+    shapes = forms.workspace_shapes(type(experts).__name__, experts, rows, activation_format)
     return {name: _Carving.of({name: shape}).total for name, shape in shapes.items()}
 
 

@@ -15,16 +15,16 @@ from typing import Any
 import attrs
 import torch
 
-from moe_core.build import probed
+from moe_core.answers import footprint_of, probed
 from moe_core.config import Problem
-from moe_core.errors import UnsupportedError
+from moe_core.errors import PluginError, UnsupportedError
 from moe_core.footprint import payload_row_bytes, share_of_tokens
 from moe_core.interfaces import Candidate, Experts
 from moe_core.kernel import workspace_bytes
 from moe_core.plugins import registry
 from moe_core.routed_experts import RoutedExperts
 from moe_core.select import Plan, select
-from moe_core.types import ActivationFormat, Availability, DispatchFootprint, PairReport
+from moe_core.types import ActivationFormat, Availability, DispatchFootprint, PairReport, Rejection
 
 
 @attrs.frozen(kw_only=True)
@@ -118,6 +118,8 @@ class PairCost:
 def pair_costs(problem: Problem, tokens: int) -> list[PairCost]:
     """Every pair of registered backends for a layer, in the order in which selection walks them.
 
+    A footprint that can't be had is one more reason against its pair, and the others are costed.
+
     Args:
         problem: the layer, its spread, its scheme and the device, which need not be here.
         tokens: T, on every rank.
@@ -147,11 +149,21 @@ def _pair_cost(
     except UnsupportedError:
         return PairCost(report=report, cost=None)
     shown = tuple(f"{who}: {reason}" for who, reason in missing.items())
-    return PairCost(report=report, cost=cost_of(plan, tokens), missing=shown)
+    try:
+        cost = cost_of(plan, tokens)
+    except PluginError as error:  # its footprint: one backend's mistake, and the other pairs' costs are known
+        rejection = Rejection(f"dispatch {dispatch.name}", str(error).removeprefix(f"dispatch {dispatch.name}: "))
+        report = attrs.evolve(report, rejections=(*report.rejections, rejection))
+        return PairCost(report=report, cost=None)
+    return PairCost(report=report, cost=cost, missing=shown)
 
 
 def cost_of(plan: Plan, tokens: int) -> Cost:
-    """What a plan costs one rank at T tokens on every rank."""
+    """What a plan costs one rank at T tokens on every rank.
+
+    Raises:
+        PluginError: the dispatch's footprint raised, or is none.
+    """
     problem, config = plan.problem, plan.config
     parallel, hidden, itemsize = problem.parallel, config.experts_hidden_size, config.dtype.itemsize
     own_tokens = not parallel.tokens_are_replicated
@@ -181,10 +193,9 @@ def cost_of(plan: Plan, tokens: int) -> Cost:
         flops=2.0 * matrices * choices * hidden * problem.local_intermediate_size,
         traffic_bytes=active * weights / problem.num_local_experts + rows * (row_bytes + hidden * itemsize + told),
     )
-    declared = plan.dispatch.capabilities.footprint
-    if declared is None:
+    footprint = footprint_of(plan.dispatch, problem, plan.payload, tokens)
+    if footprint is None:
         return cost
-    footprint = declared(problem, plan.payload, tokens)
     slots = footprint.rows if standard else footprint.rows * problem.num_local_experts
     return attrs.evolve(
         cost,

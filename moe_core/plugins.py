@@ -11,7 +11,10 @@ import enum
 import functools
 import importlib
 import importlib.metadata
+import inspect
 import os
+import re
+import traceback
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
@@ -20,6 +23,17 @@ import attrs
 import pluggy
 
 from moe_core import hookspecs
+from moe_core.declared import (
+    CAPABILITIES_PAGE,
+    FUNCTION,
+    HOOKS_PAGE,
+    NAME,
+    PRIORITY,
+    PRIORITY_BY_ROWS,
+    Rule,
+    instance_of,
+    optional,
+)
 from moe_core.errors import PluginError, UnsupportedError
 from moe_core.hookspecs import ENTRY_POINT_GROUP, PLUGIN_API
 from moe_core.interfaces import BackendFactory, Candidate, RouterFactory, RunnerFactory, always_available
@@ -28,6 +42,12 @@ from moe_core.types import Availability, DispatchCapabilities, ExpertsCapabiliti
 
 BUILTIN_MODULES = ("moe_core.builtin", "moe_core.route", "moe_core.runner", "moe_core.two_batch")
 """What ships with the core enters by the same hooks as everybody else: named here, imported by nobody."""
+
+
+_RECORDS: dict[str, type] = {record.__name__: record for record in (DispatchCapabilities, ExpertsCapabilities)}
+
+_NOT_THE_PLUGIN = {"moe_core", "pluggy", "importlib", "attr", "attrs"}
+"""Packages whose lines stand between the loader and a plugin's, or after them."""
 
 
 class PluginStatus(str, enum.Enum):
@@ -101,6 +121,14 @@ class Registry:
     routers: dict[str, RouterFactory] = attrs.field(factory=dict)
     runners: dict[str, RunnerFactory] = attrs.field(factory=dict)
 
+    def not_loaded(self) -> list[str]:
+        """One sentence for each plugin that was found and is not in use, with the reason."""
+        return [
+            f"plugin {record.name} ({record.label}) is {record.status}: {record.reason}"
+            for record in self.plugins
+            if record.status is not PluginStatus.LOADED
+        ]
+
     def find(self, kind: str, name: str) -> Any:
         """The entry `name` of a kind ("dispatch", "experts", "quant_methods", "routers", "runners").
 
@@ -129,6 +157,9 @@ class Registry:
         raise UnsupportedError(text)
 
 
+_HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("moe_core_register_"))
+
+
 @attrs.define
 class _Registrar:
     """The `register` callables of one plugin. They collect; `commit` enters all of it, or nothing."""
@@ -136,20 +167,33 @@ class _Registrar:
     record: PluginRecord
     registry: Registry
     entries: list[tuple[str, str, Any]] = attrs.field(factory=list)
+    hook: str = ""
+    """The one that runs, for messages."""
 
-    def _add(self, kind: str, shown: str, name: str, entry: Any) -> None:
-        if not isinstance(name, str) or not name:
-            raise PluginError(f"plugin {self.record.name!r} registered {shown} under the name {name!r}; expected a str")
+    @property
+    def where(self) -> str:
+        return f"{self.record.module}, hook {self.hook}" if self.hook else self.record.module
+
+    def _add(self, kind: str, shown: str, name: str, entry: Any, *arguments: tuple[str, Any, Rule]) -> None:
+        """Take one entry, if its name and `arguments` (each with what it must be) are right."""
+        complaint = NAME.complaint("name", name, HOOKS_PAGE)
+        named = "" if complaint else f" {name!r}"
+        for argument, value, rule in arguments:
+            complaint = complaint or rule.complaint(argument, value, HOOKS_PAGE)
+        if complaint:
+            raise PluginError(f"{self.where}, {shown}{named}: {complaint}")
         if name in getattr(self.registry, kind) or (kind, name) in {(k, n) for k, n, _ in self.entries}:
             other = getattr(getattr(self.registry, kind).get(name), "plugin", "another plugin")
             raise PluginError(
-                f"plugin {self.record.name!r} registers {shown} {name!r}, which {other} has registered already; "
+                f"{self.where}: registers {shown} {name!r}, which {other} has registered already; "
                 "choose another name, or block one of the two with MOE_CORE_DISABLE_PLUGINS"
             )
         self.entries.append((kind, name, entry))
         self.record.registers += (f"{shown}:{name}",)
 
-    def _backend(self, kind: str, capabilities_type: type) -> Callable[..., None]:
+    def _backend(self, kind: str, capabilities_type: type, priority_rule: Rule) -> Callable[..., None]:
+        declaration = instance_of(capabilities_type, f"a moe_core.{capabilities_type.__name__}")
+
         def register(
             name: str,
             factory: BackendFactory,
@@ -157,11 +201,6 @@ class _Registrar:
             probe: Callable[[], Availability] = always_available,
             priority: Priority = 0,
         ) -> None:
-            if not isinstance(capabilities, capabilities_type):
-                raise PluginError(
-                    f"plugin {self.record.name!r} registered {kind} {name!r} with capabilities = {capabilities!r}; "
-                    f"expected a moe_core.{capabilities_type.__name__}"
-                )
             candidate: Candidate[Any] = Candidate(
                 name=name,
                 plugin=self.record.label,
@@ -170,31 +209,50 @@ class _Registrar:
                 probe=probe,
                 priority=priority,
             )
-            self._add(kind, kind, name, candidate)
+            self._add(
+                kind,
+                kind,
+                name,
+                candidate,
+                ("factory", factory, FUNCTION),
+                ("capabilities", capabilities, declaration),
+                ("probe", probe, FUNCTION),
+                ("priority", priority, priority_rule),
+            )
 
         return register
 
-    def _quant_method(
-        self,
-        scheme: str,
-        factory: Callable[[], QuantMethod],
-        from_checkpoint_config: Callable[[Mapping[str, Any]], QuantMethod | str] | None = None,
-    ) -> None:
-        entry = QuantMethodEntry(scheme, self.record.label, factory, from_checkpoint_config)
-        self._add("quant_methods", "scheme", scheme, entry)
+    def _quant_method(self) -> Callable[..., None]:
+        def register(
+            scheme: str,
+            factory: Callable[[], QuantMethod],
+            from_checkpoint_config: Callable[[Mapping[str, Any]], QuantMethod | str] | None = None,
+        ) -> None:
+            entry = QuantMethodEntry(scheme, self.record.label, factory, from_checkpoint_config)
+            claims = ("from_checkpoint_config", from_checkpoint_config, optional(FUNCTION))
+            self._add("quant_methods", "scheme", scheme, entry, ("factory", factory, FUNCTION), claims)
+
+        return register
+
+    def _maker(self, kind: str, shown: str) -> Callable[..., None]:
+        def register(name: str, factory: Callable[..., Any]) -> None:
+            self._add(kind, shown, name, factory, ("factory", factory, FUNCTION))
+
+        return register
 
     def call_hooks(self, manager: pluggy.PluginManager, module: ModuleType) -> None:
         """Call this plugin's hooks, and no other's, each with the `register` of its kind."""
         registers: dict[str, Callable[..., None]] = {
-            "moe_core_register_prepare_finalize": self._backend("dispatch", DispatchCapabilities),
-            "moe_core_register_experts": self._backend("experts", ExpertsCapabilities),
-            "moe_core_register_quant_methods": self._quant_method,
-            "moe_core_register_routers": lambda name, factory: self._add("routers", "router", name, factory),
-            "moe_core_register_runners": lambda name, factory: self._add("runners", "runner", name, factory),
+            "moe_core_register_prepare_finalize": self._backend("dispatch", DispatchCapabilities, PRIORITY),
+            "moe_core_register_experts": self._backend("experts", ExpertsCapabilities, PRIORITY_BY_ROWS),
+            "moe_core_register_quant_methods": self._quant_method(),
+            "moe_core_register_routers": self._maker("routers", "router"),
+            "moe_core_register_runners": self._maker("runners", "runner"),
         }
         others = [plugin for plugin in manager.get_plugins() if plugin is not module]
-        for hook, register in registers.items():
-            manager.subset_hook_caller(hook, remove_plugins=others)(register=register)
+        for self.hook, register in registers.items():
+            register.__qualname__ = "register"  # what Python says of a call that doesn't fit
+            manager.subset_hook_caller(self.hook, remove_plugins=others)(register=register)
 
     def commit(self) -> None:
         for kind, name, entry in self.entries:
@@ -222,6 +280,30 @@ def _api_complaint(record: PluginRecord, module: ModuleType) -> str:
     wanted = ".".join(map(str, api))
     newer = "moe-core" if api > PLUGIN_API else record.distribution
     return f"it is built for plugin API {wanted}, this moe-core speaks {shown}; try pip install --upgrade {newer}"
+
+
+def _hook_complaint(record: PluginRecord, manager: pluggy.PluginManager, module: ModuleType) -> str:
+    """What is wrong with the functions that are meant as hooks, or "": pluggy would pass over most of it in silence."""
+    for name in dir(module):
+        function = getattr(module, name)
+        options = manager.parse_hookimpl_opts(module, name)
+        hook = (options and options.get("specname")) or name
+        if not callable(function) or not (options or name.startswith("moe_core_register_")):
+            continue
+        if hook not in _HOOKS:
+            close = difflib.get_close_matches(hook, _HOOKS, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            return (
+                f"{record.module} defines {hook}, which is no hook; {hint}There are {', '.join(_HOOKS)} ({HOOKS_PAGE})"
+            )
+        if options is None:
+            return (
+                f"{record.module} defines {hook} without @moe_core.hookimpl; put it above the function ({HOOKS_PAGE})"
+            )
+        parameters = inspect.signature(function).parameters.values()
+        if (taken := [item.name for item in parameters if item.default is item.empty]) != ["register"]:
+            return f"{record.module} defines {hook}({', '.join(taken)}); expected {hook}(register) ({HOOKS_PAGE})"
+    return ""
 
 
 class PluginLoader:
@@ -300,26 +382,51 @@ class PluginLoader:
             if complaint := _api_complaint(record, module):
                 record.status, record.reason = PluginStatus.INCOMPATIBLE, complaint
                 return registrar
+            if complaint := _hook_complaint(record, self._manager, module):
+                raise PluginError(complaint)
             self._manager.register(module, name=f"{record.distribution}:{record.name}")
-            self._manager.check_pending()  # a misspelt hook would else be accepted and never called
             registrar.call_hooks(self._manager, module)
             registrar.commit()
         except (Exception, SystemExit) as error:  # noqa: BLE001 - isolation: whatever a plugin does, the others load
             record.status, record.error, record.registers = PluginStatus.FAILED, error, ()
-            record.reason = _failure(record, error)
+            record.reason = _failure(registrar, error)
             if module is not None and self._manager.is_registered(module):
                 self._manager.unregister(module)
         return registrar
 
 
-def _failure(record: PluginRecord, error: BaseException) -> str:
+def _failure(registrar: _Registrar, error: BaseException) -> str:
+    """Who raised what, at which line, and what to do, after the last "; "."""
     if isinstance(error, PluginError):
         return str(error)
-    if isinstance(error, pluggy.PluginValidationError):
-        hooks = ", ".join(name for name in vars(hookspecs) if name.startswith("moe_core_register"))
-        return f"plugin {record.name!r} defines a hook that does not exist ({error}); the hooks are {hooks}"
     text = str(error).splitlines()[0] if str(error) else ""
-    return f"{record.module} raised {type(error).__name__}: {text}; reinstall or remove {record.distribution}"
+    says = f"{registrar.where} raised {type(error).__name__}{_place(registrar.record, error)}: {text}"
+    if isinstance(error, (ImportError, SyntaxError)):
+        return f"{says}; reinstall or remove {registrar.record.distribution}"
+    return says + _call_hint(registrar.hook, text)
+
+
+def _place(record: PluginRecord, error: BaseException) -> str:
+    """ " at file:line", the last line of the plugin's own that ran, or of whom it called; "" where none did."""
+    frames = [(frame.f_globals.get("__name__", ""), frame.f_code.co_filename, line)
+              for frame, line in traceback.walk_tb(error.__traceback__)]  # fmt: skip
+    foreign = [item for item in frames if item[0].partition(".")[0] not in _NOT_THE_PLUGIN and item[1][:1] != "<"]
+    own = [item for item in foreign if item[0].partition(".")[0] == record.module.partition(".")[0]]
+    return f" at {(own or foreign)[-1][1]}:{(own or foreign)[-1][2]}" if foreign else ""
+
+
+def _call_hint(hook: str, text: str) -> str:
+    """For a call of a capability record or of `register` with the wrong arguments: those that it takes."""
+    called = re.match(r"(?:(\w+)\.__init__|register)\(\) ", text)
+    if called is None or (called[1] and called[1] not in _RECORDS):
+        return ""
+    if called[1] is None:
+        return f"; see what register takes in {hook} ({HOOKS_PAGE})"
+    fields = [field.name for field in attrs.fields(_RECORDS[called[1]])]
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
+    close = difflib.get_close_matches(unknown[1], fields, n=1) if unknown else []
+    hint = f"did you mean {close[0]}?" if close else f"its fields are {', '.join(fields)}"
+    return f"; {hint} ({CAPABILITIES_PAGE})"
 
 
 def _entry_points() -> list[importlib.metadata.EntryPoint]:

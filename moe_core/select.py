@@ -15,6 +15,7 @@ from typing import Any
 
 import attrs
 
+from moe_core.answers import refusal
 from moe_core.config import MoEConfig, MoEParallelConfig, Problem
 from moe_core.errors import UnsupportedError
 from moe_core.hookspecs import PLUGIN_API
@@ -29,7 +30,6 @@ from moe_core.types import (
     ActivationFormat,
     DispatchCapabilities,
     Duty,
-    ExpertsCapabilities,
     PairReport,
     Rejection,
     SharedExpertsOrder,
@@ -399,8 +399,8 @@ def _reject_pair(problem: Problem, d: DispatchCandidate, e: ExpertsCandidate) ->
             yield Rejection("pair", f"{duty.value} must have one owner, but is claimed by {who}")
 
 
-def _reject_common(problem: Problem, caps: DispatchCapabilities | ExpertsCapabilities) -> Iterator[str]:
-    config, device = problem.config, problem.device
+def _reject_common(problem: Problem, candidate: DispatchCandidate | ExpertsCandidate) -> Iterator[str]:
+    config, device, caps = problem.config, problem.device, candidate.capabilities
     if device.type not in caps.device_types:
         yield f"runs on {_listed(caps.device_types)}, not on {device.type}"
     elif caps.min_compute_capability and (device.compute_capability or (0, 0)) < caps.min_compute_capability:
@@ -415,7 +415,7 @@ def _reject_common(problem: Problem, caps: DispatchCapabilities | ExpertsCapabil
         yield "cannot be captured in a CUDA graph"
     if config.deterministic and not caps.deterministic:
         yield "is not deterministic"
-    if caps.refuse is not None and (reason := caps.refuse(problem)):
+    if reason := refusal(candidate, problem):
         yield reason
 
 
@@ -423,7 +423,7 @@ def _reject_dispatch(problem: Problem, d: DispatchCandidate) -> Iterator[str]:
     if not d.availability.ok:
         yield d.availability.reason
     caps, config, parallel = d.capabilities, problem.config, problem.parallel
-    yield from _reject_common(problem, caps)
+    yield from _reject_common(problem, d)
     ep = parallel.ep_size
     if ep < caps.min_ep_size or (caps.max_ep_size is not None and ep > caps.max_ep_size):
         upper = "any" if caps.max_ep_size is None else caps.max_ep_size
@@ -461,7 +461,7 @@ def _reject_experts(problem: Problem, e: ExpertsCandidate) -> Iterator[str]:
     if not e.availability.ok:
         yield e.availability.reason
     caps, config = e.capabilities, problem.config
-    yield from _reject_common(problem, caps)
+    yield from _reject_common(problem, e)
     activation = config.activation
     if activation.function not in caps.activations:
         yield f"activation {activation.function}: supports {_listed(caps.activations)}"

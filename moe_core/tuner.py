@@ -22,6 +22,7 @@ import attrs
 import torch
 
 from moe_core import formats
+from moe_core.answers import refusal
 from moe_core.emulated import EmulatedExperts
 from moe_core.errors import MoEError
 from moe_core.interfaces import Experts
@@ -360,7 +361,7 @@ def _capturable(plan: Plan, candidate: ExpertsCandidate) -> bool:
     """Whether the candidate would be accepted for a layer that is captured in a CUDA graph."""
     caps = candidate.capabilities
     problem = attrs.evolve(plan.problem, config=attrs.evolve(plan.config, cuda_graph=True))
-    return caps.graph_capturable and not (caps.refuse and caps.refuse(problem))
+    return caps.graph_capturable and not refusal(candidate, problem)
 
 
 def _is_lost(device: torch.device) -> bool:

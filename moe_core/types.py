@@ -13,6 +13,8 @@ from typing import Any
 import attrs
 import torch
 
+from moe_core import declared
+
 
 class ActivationFormat(enum.Enum):
     """How the rows that the experts receive are laid out. The dispatch decides, the experts declare what they take."""
@@ -92,6 +94,11 @@ BATCHED_FINALIZE_DUTIES = frozenset({Duty.ROUTER_WEIGHT, Duty.TOPK_SUM})
 """What a dispatch backend in BATCHED format owns by contract: its finalize weights and sums."""
 
 
+GATED_FUNCTIONS = ("silu", "gelu", "gelu_tanh", "swiglu_oai")
+UNGATED_FUNCTIONS = ("silu", "gelu", "relu2")
+"""Names of the activation functions with a gate and without one; `ActivationSpec` has their formulas."""
+
+
 MODEL_DTYPE_PAYLOAD = "model dtype"
 """The payload of a plan whose rows travel unquantized. Every other payload is the name of a quantization scheme."""
 
@@ -104,8 +111,8 @@ ROW_WISE_PAYLOAD = "row-wise schemes"
 class Availability:
     """A probe's answer. `reason` is one line that a user can act on, empty when `ok`."""
 
-    ok: bool
-    reason: str = ""
+    ok: bool = attrs.field(validator=declared.FLAG)
+    reason: str = attrs.field(default="", validator=declared.TEXT)
 
 
 @attrs.frozen
@@ -311,12 +318,44 @@ def priority_at(priority: Priority, rows: int) -> int:
     return next((value for first, value in reversed(priority) if rows >= first), priority[0][1])
 
 
-def _not_empty(_: Any, attribute: attrs.Attribute[Any], value: frozenset[Any]) -> None:
-    if not value:
-        raise ValueError(f"{attribute.name} is empty: a backend that supports nothing here can never be selected")
+def _members(kind: type[enum.Enum], *, may_be_empty: bool = False) -> declared.Rule:
+    return declared.set_of(declared.instance_of(kind, kind.__name__), kind.__name__, may_be_empty=may_be_empty)
 
 
-@attrs.frozen(kw_only=True)
+_DTYPE = declared.instance_of(torch.dtype, "a torch.dtype")
+_ID_DTYPE = declared.Rule(
+    "an integer torch.dtype",
+    lambda value: _DTYPE.holds(value) and not (value.is_floating_point or value.is_complex or value is torch.bool),
+)
+_FORMAT = declared.instance_of(ActivationFormat, "an ActivationFormat")
+_DUTIES = _members(Duty, may_be_empty=True)
+_FUNCTIONS = frozenset(GATED_FUNCTIONS + UNGATED_FUNCTIONS)
+_LEGAL_FUNCTION = declared.Rule("the name of an activation function", lambda name: name in _FUNCTIONS)
+
+_RULES: dict[str, declared.Rule] = {
+    "ActivationFormat": _FORMAT,
+    "Footprint | None": declared.optional(declared.FUNCTION),
+    "Mapping[ActivationFormat, frozenset[Duty]]": declared.mapping_of(
+        _FORMAT, _DUTIES, "ActivationFormat to a frozenset of Duty"
+    ),
+    "Mapping[str, str]": declared.mapping_of(declared.NAME, declared.NAME, "scheme names to names of layouts"),
+    "Refuse | None": declared.optional(declared.FUNCTION),
+    "bool": declared.FLAG,
+    "frozenset[Duty]": _DUTIES,
+    "frozenset[ExpertPlacement]": _members(ExpertPlacement),
+    "frozenset[GateUpLayout]": _members(GateUpLayout, may_be_empty=True),
+    "frozenset[int] | None": declared.optional(declared.set_of(declared.COUNT, "ints >= 1")),
+    "frozenset[str]": declared.set_of(declared.NAME, "names"),
+    "frozenset[torch.dtype]": declared.set_of(_DTYPE, "torch.dtype"),
+    "int": declared.COUNT,
+    "int | None": declared.optional(declared.COUNT),
+    "torch.dtype | None": declared.optional(_ID_DTYPE),
+    "tuple[int, int] | None": declared.optional(declared.VERSION),
+}
+"""What a field of a capability record must be, by its annotation."""
+
+
+@attrs.frozen(kw_only=True, field_transformer=declared.checked_by(_RULES))
 class DispatchCapabilities:
     """What a dispatch backend declares. Every field defaults to "no" or to "the least"; what isn't claimed isn't used.
 
@@ -352,8 +391,8 @@ class DispatchCapabilities:
     """
 
     activation_format: ActivationFormat
-    dtypes: frozenset[torch.dtype] = attrs.field(validator=_not_empty)
-    device_types: frozenset[str] = attrs.field(validator=_not_empty)
+    dtypes: frozenset[torch.dtype]
+    device_types: frozenset[str]
     payloads: frozenset[str] = frozenset({MODEL_DTYPE_PAYLOAD})
     owns: frozenset[Duty] = frozenset()
     id_dtype: torch.dtype | None = None
@@ -381,7 +420,7 @@ class DispatchCapabilities:
     footprint: Footprint | None = None
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=declared.checked_by(_RULES))
 class ExpertsCapabilities:
     """What an experts backend declares. Every field defaults to "no" or to "the least".
 
@@ -409,9 +448,11 @@ class ExpertsCapabilities:
     """
 
     owns: Mapping[ActivationFormat, frozenset[Duty]]
-    dtypes: frozenset[torch.dtype] = attrs.field(validator=_not_empty)
-    device_types: frozenset[str] = attrs.field(validator=_not_empty)
-    activations: frozenset[str] = attrs.field(validator=_not_empty)
+    dtypes: frozenset[torch.dtype]
+    device_types: frozenset[str]
+    activations: frozenset[str] = attrs.field(
+        validator=declared.set_of(_LEGAL_FUNCTION, f"names among {', '.join(sorted(_FUNCTIONS))}")
+    )
     gate_up_layouts: frozenset[GateUpLayout] = frozenset()
     ungated: bool = False
     clamp: bool = False

@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 import torch
 
-from moe_core.build import probed
+from moe_core.answers import probed
 from moe_core.plugins import PluginRecord, registry
 
 

@@ -16,7 +16,7 @@ from moe_core.testing.case import Outcome, Report, Result, run_cases
 from moe_core.testing.conformance import launched_suite, suites
 
 _SHOWN = 40
-"""Failures that are printed; the JSON file has all."""
+"""Different failures that are printed; the JSON file has every case."""
 
 
 @click.command(short_help="Hold an installed backend to the contract, and print a report.")
@@ -85,10 +85,13 @@ def _print(report: Report, markdown: bool) -> None:
         output.emit(report.markdown())
     else:
         output.emit_table(_table(report))
-    for result in report.failures[:_SHOWN]:
-        output.emit(_line(result))
-    if len(report.failures) > _SHOWN:
-        output.emit(f"… and {len(report.failures) - _SHOWN} more; --json FILE has all")
+    alike: dict[tuple[str, str], list[Result]] = {}
+    for result in report.failures:
+        alike.setdefault((result.duty, result.text), []).append(result)
+    for results in list(alike.values())[:_SHOWN]:
+        output.emit(_lines(results))
+    if len(alike) > _SHOWN:
+        output.emit(f"… and {len(alike) - _SHOWN} more; --json FILE has all")
     skipped = dict.fromkeys(r.text for r in report.results if r.outcome is Outcome.SKIPPED)
     for reason in skipped:
         count = sum(r.outcome is Outcome.SKIPPED and r.text == reason for r in report.results)
@@ -103,9 +106,12 @@ def _print(report: Report, markdown: bool) -> None:
         output.emit(f"{says[report.verdict]}, {report.count(Outcome.SKIPPED)} skipped, on {report.device}.")
 
 
-def _line(result: Result) -> str:
-    head = f"FAILED {result.case.name} ({result.case.tier.value}, {result.case.claim})"
-    return f"{head}\n       {result.duty}: {result.text}"
+def _lines(results: list[Result]) -> str:
+    """Cases that failed with one text."""
+    first = results[0]
+    count = f"{len(results)} cases, first: " if len(results) > 1 else ""
+    head = f"FAILED {count}{first.case.name} ({first.case.tier.value}, {first.case.claim})"
+    return f"{head}\n       {first.duty}: {first.text}"
 
 
 def _table(report: Report) -> rich.table.Table:

@@ -65,10 +65,11 @@ def explain(
 ) -> None:
     """Show the plan of every MoE layer with its reasons, from the config alone: no weights are read.
 
-    SHAPE is E=256,K=8,H=7168,I=2048 and, if you like, dtype=float16 and layers=58. Layers with the same plan are shown
-    once. Under the chosen pair of backends stands every other pair, with all the reasons why it was not chosen; then
-    which kernels serve which T, with the launch parameters and where these come from, the experts' workspaces, name by
-    name, and what each pair that could run would cost: bytes on the wire and memory.
+    SHAPE is a name that `bench` knows (qwen3-30b, say), or E=256,K=8,H=7168,I=2048 and, if you like, dtype=float16
+    and layers=58. Layers with the same plan are shown once. Under the chosen pair of backends stands every other
+    pair, with all the reasons why it was not chosen; then which kernels serve which T, with the launch parameters
+    and where these come from, the experts' workspaces, name by name, and what each pair that could run would cost:
+    bytes on the wire and memory.
     """
     where = described_device(device)
     asked = Asked(dispatch=dispatch, experts=experts, world=world, spread=spread, tokens=tuple(sorted(set(tokens))),

@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 
 from moe_core.cli import models, output
+from moe_core.cli.bench_layer import SHAPES
 from moe_core.config import MoEConfig, MoEParallelConfig, Problem
 from moe_core.plugins import registry
 from moe_core.quant import UNQUANTIZED, QuantScheme
@@ -103,12 +104,22 @@ def layers_of(source: str, scheme: str | None) -> list[Layers]:
 
 
 def typed_shape(source: str) -> Layers | None:
-    """The layers of a shape that is typed in; None: it is a path.
+    """The layers of a shape that is typed in, or named as `bench` and `tune` name it; None: it is a path.
 
     Raises:
         ValueError: a shape that can't be read.
     """
-    return _typed(source) if "=" in source and not Path(source).exists() else None
+    if Path(source).exists():
+        return None
+    if (named := SHAPES.get(source)) is not None:
+        sizes = MoEConfig(
+            num_experts=named.experts,
+            top_k=named.top_k,
+            hidden_size=named.hidden,
+            intermediate_size=named.intermediate,
+        )
+        return Layers(title=source, count=1, config=sizes)
+    return _typed(source) if "=" in source else None
 
 
 def _named(scheme: str | None) -> QuantScheme | None:

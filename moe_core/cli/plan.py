@@ -98,9 +98,10 @@ def plan(
 ) -> None:
     """Estimate what the MoE layers of a model cost each rank: memory, bytes on the wire, and the floor of the time.
 
-    A dry run: no weights are read and no GPU is needed. SHAPE is E=256,K=8,H=7168,I=2048 and, if you like,
-    dtype=float16 and layers=58. Sizes come from the functions that allocate at run time.
-    Routing is taken as uniform. Only routed experts are counted: no attention, no shared experts, no KV cache.
+    A dry run: no weights are read and no GPU is needed. SHAPE is a name that `bench` knows (qwen3-30b, say), or
+    E=256,K=8,H=7168,I=2048 and, if you like, dtype=float16 and layers=58. Sizes come from the functions that
+    allocate at run time. Routing is taken as uniform. Only routed experts are counted: no attention, no shared
+    experts, no KV cache.
     """
     sizes, sheet, where = _worlds(world), described_sheet(device), described_device(device)
     assert where is not None, "--device has a default"

@@ -32,7 +32,9 @@ def plugins(as_json: bool) -> None:
         if plugin["status"] != PluginStatus.LOADED:
             table.add_row(*map(rich.markup.escape, [*first, "", plugin["reason"]]))
             continue
-        for item in plugin["registers"] or [{"item": "nothing", "usable": False, "reason": ""}]:
+        for item in plugin["registers"] or [
+            {"item": "nothing", "usable": False, "reason": "it has no hook that registers something (docs/hooks.md)"}
+        ]:
             says = "yes" if item["usable"] else f"no: {item['reason']}"
             table.add_row(*map(rich.markup.escape, [*first, item["item"], says]))
             first = ["", "", ""]

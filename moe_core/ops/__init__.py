@@ -21,6 +21,7 @@ from moe_core.ops._launch import (
     default_plan,
 )
 from moe_core.ops._nvfp4_layout import pack_nvfp4_matrix, unpack_nvfp4_matrix
+from moe_core.ops._runtime import KernelLaunch
 from moe_core.ops._search import config_from_json, config_to_json, search_launch
 from moe_core.ops._tuned import choose_plan, measured_plan, sourced_plan
 from moe_core.ops.activation import Activation, activate_torch
@@ -54,6 +55,7 @@ __all__ = [
     "Fp8SpecializedConfig",
     "Fp8Weights",
     "GroupedConfig",
+    "KernelLaunch",
     "Nvfp4BatchedLauncher",
     "Nvfp4ExpertsLauncher",
     "Nvfp4Weights",

@@ -58,6 +58,7 @@ class Case:
         tier: who must pass it.
         claim: the declaration that it holds the backend to; "every backend" where none is needed.
         check: asks. Returns where all is well, raises `Violation` or `Skip` else; any other exception is a failure.
+        opens: if it fails, `run_cases` skips those that follow: they would all say the same.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Case:
     tier: Tier
     claim: str
     check: Callable[[], None]
+    opens: bool = False
 
 
 class Outcome(str, enum.Enum):
@@ -138,6 +140,7 @@ def run_case(case: Case, xfail: Mapping[str, str] | None = None) -> Result:
 
 
 def _where(error: BaseException) -> str:
+    error = error.__cause__ or error
     frames = traceback.extract_tb(error.__traceback__)
     return f" (at {frames[-1].name}, line {frames[-1].lineno} of {frames[-1].filename})" if frames else ""
 
@@ -241,9 +244,11 @@ def run_cases(
 ) -> Report:
     """Ask all cases, in order. `each` is called with every result as soon as it is there."""
     check_xfail(cases, xfail or {})
-    results = []
+    results, closed = [], ""
     for case in cases:
-        result = run_case(case, xfail)
+        result = Result(case, Outcome.SKIPPED, case.duty, closed) if closed else run_case(case, xfail)
+        if case.opens and result.outcome is Outcome.FAILED:
+            closed = f"{case.name!r} failed; what follows is asked when it passes"
         each(result)
         results.append(result)
     return Report(subject, device, tuple(results))

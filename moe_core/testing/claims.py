@@ -41,18 +41,23 @@ def declaration_cases(candidate: Candidate[Any], problem: Problem) -> list[Case]
             raise Violation("honest claims", f"the probe took more than {PROBE_S} s, and every listing asks it")
 
     def refuse_answers() -> None:
-        refuse = candidate.capabilities.refuse
-        answers = [None, None] if refuse is None else [refuse(problem), refuse(problem)]
+        answers = [_answer(candidate, problem) for _ in range(2)]
         if answers[0] != answers[1]:
             raise Violation("refusals", f"refuse is not pure: it answered {answers[0]!r}, then {answers[1]!r}")
-        for answer in answers:
-            if answer is not None and not (isinstance(answer, str) and answer.strip()):
-                raise Violation("refusals", f"refuse answered {answer!r}; the contract is None or a reason")
 
     return [
         Case("declaration: the probe answers", "honest claims", required, claim, probe_answers),
         Case("declaration: refuse is pure", "refusals", required, claim, refuse_answers),
     ]
+
+
+def _answer(candidate: Candidate[Any], problem: Problem) -> str | None:
+    """What `refuse` itself says: selection makes a reason of whatever it answers or raises."""
+    refuse = candidate.capabilities.refuse
+    answer: Any = None if refuse is None else refuse(problem)
+    if answer is None or (isinstance(answer, str) and answer.strip()):
+        return answer
+    raise Violation("refusals", f"refuse answered {answer!r}; the contract is None or a reason")
 
 
 def claimed(name: str, claim: str, planners: Sequence[Planner]) -> Case:
@@ -86,10 +91,15 @@ def one_owner(name: str, claim: str, make: Planner) -> Case:
     return Case(f"one owner: {name}", "one owner for each duty", Tier.REQUIRED, claim, check)
 
 
-def refused(name: str, kind: str, backend: str, make: Planner) -> Case:
-    """What is not claimed is refused, by this backend or its pair, with a reason that says something."""
+def refused(name: str, kind: str, candidate: Candidate[Any], problem: Problem, make: Planner) -> Case:
+    """A layer that needs what is not claimed is refused, by this backend or its pair, with a reason that says something.
+
+    Its `refuse` is asked about that layer too: it must answer, whatever layer it is.
+    """
+    backend = candidate.name
 
     def check() -> None:
+        _answer(candidate, problem)
         try:
             make()
         except UnsupportedError as error:

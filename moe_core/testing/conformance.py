@@ -193,7 +193,8 @@ def suites(
     asked = [kind] if kind else [k for k, place in KINDS.items() if rest in getattr(found, place)]
     if not asked:
         known = [f"{k}:{n}" for k, place in KINDS.items() for n in sorted(getattr(found, place))]
-        raise UnsupportedError(f"nothing is registered under the name {name!r}; there are: {', '.join(known)}")
+        nothing = f"nothing is registered under the name {name!r}; there are: {', '.join(known)}"
+        raise UnsupportedError("\n".join([nothing, *found.not_loaded()]))
     return [_suite(k, rest, device, ranks, params) for k in asked]
 
 

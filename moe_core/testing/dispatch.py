@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import torch
 
-from moe_core.build import probed
+from moe_core.answers import probed
 from moe_core.config import MODEL_DTYPES, ActivationSpec, Problem
 from moe_core.group import TorchGroup
 from moe_core.plugins import registry
@@ -72,6 +72,8 @@ class _Cases:
 
     def all(self) -> Iterator[Case]:
         yield from self._declarations()
+        first = self.fit(Setting(world=self.worlds[0], topology=self.topology(self.worlds[0])))
+        yield attrs.evolve(self.case("one step runs", "a step runs", EVERY, checks.runs, first), opens=True)
         for world in self.worlds:
             base = self.fit(Setting(world=world, topology=self.topology(world)))
             yield from self._numbers(base)
@@ -257,9 +259,15 @@ class _Cases:
                     f"deterministic: {shown}, {ranks}", "determinism", "deterministic", checks.same_each_time, setting
                 )
         if self.caps.footprint is not None:
-            for tokens in ("equal", "full"):
-                setting = attrs.evolve(base, tokens=tokens)
-                yield self.case(f"footprint: tokens {tokens}, {ranks}", "footprint", "footprint", footprint, setting)
+            batches: dict[str, dict[str, Any]] = {
+                "tokens equal": {"tokens": "equal"},
+                "tokens full": {"tokens": "full"},
+            }
+            if self.caps.accepts_dropped_ids:
+                batches["all to one expert"] = {"tokens": "full", "ids": "one expert"}
+            for what, changes in batches.items():
+                setting = attrs.evolve(base, **changes)
+                yield self.case(f"footprint: {what}, {ranks}", "footprint", "footprint", footprint, setting)
         if self.caps.graph_capturable and base.world == 1:
             yield self.case(f"a CUDA graph, {ranks}", "graph capture", "graph_capturable", checks.captured, base)
 
@@ -409,7 +417,9 @@ class _Cases:
             problem = attrs.evolve(problem, config=attrs.evolve(problem.config, **changes))
             yield claims.one_owner(name, EVERY, functools.partial(_plan_of, bench, problem))
         for name, problem in _unclaimed(caps, base, there, self.fit):
-            yield claims.refused(name, "dispatch", bench.candidate.name, functools.partial(_plan_of, bench, problem))
+            yield claims.refused(
+                name, "dispatch", bench.candidate, problem, functools.partial(_plan_of, bench, problem)
+            )
 
 
 def _plan_of(bench: DispatchBench, problem: Problem) -> Plan:

@@ -16,6 +16,7 @@ from moe_core import formats
 from moe_core.config import ActivationSpec, MoEConfig, MoEParallelConfig, Problem
 from moe_core.errors import UnsupportedError
 from moe_core.expert_map import ExpertMapManager
+from moe_core.forms import misfit
 from moe_core.group import TorchGroup
 from moe_core.kernel import Flight, MoEKernel
 from moe_core.quant import UNQUANTIZED, QuantScheme
@@ -147,6 +148,24 @@ def _weights(experts: int, hidden: int, inner: int, dtype: torch.dtype) -> Exper
     return material.random_weights(experts, hidden, inner, PLAIN, dtype)
 
 
+_DUTY_OF_FIELD = {"tokens_per_expert": "tokens_per_expert", "x_scale": "input quantization"}
+"""Which duty a field of `Dispatched` is of, where it has one of its own."""
+
+
+def check_form(plan: Plan, dispatched: Any, num_local_experts: int) -> None:
+    """Raises `Violation` if what `prepare` returned has not the form that the plan wants."""
+    if found := misfit(plan, dispatched, num_local_experts):
+        raise Violation(_DUTY_OF_FIELD.get(found.field, "shapes and dtypes"), found.text)
+
+
+class WatchedKernel(MoEKernel):
+    """Looks at the form of what arrived, before the reference computes with it."""
+
+    def run_experts(self, flight: Flight, weights: ExpertWeights) -> torch.Tensor:
+        check_form(self.plan, flight.dispatched, self.expert_map.num_local_experts)
+        return super().run_experts(flight, weights)
+
+
 @attrs.frozen(eq=False)
 class Rank:
     """One rank's layer around the backend under test."""
@@ -230,7 +249,7 @@ class DispatchBench:
             raise Skip("; ".join(reasons)) from None
 
     def rank(self, setting: Setting, group: VirtualGroup | TorchGroup) -> Rank:
-        kernel = MoEKernel(self.plan(setting, group.rank), group)
+        kernel = WatchedKernel(self.plan(setting, group.rank), group)
         if setting.topology == "split":
             own = material.mapped(
                 material.part_of_inner(setting.weights, group.rank, group.size), lambda t: t.to(self.device)

@@ -29,6 +29,11 @@ def numbers(bench: DispatchBench, setting: Setting, duty: str, faults: Faults | 
     bench.check(setting, bench.on_ranks(setting, Rank.run, faults=faults), duty, explain=True)
 
 
+def runs(bench: DispatchBench, setting: Setting) -> None:
+    """A layer is built, and one step ends; its numbers are for other cases."""
+    bench.on_ranks(setting, Rank.run)
+
+
 def many_steps(bench: DispatchBench, setting: Setting) -> None:
     """Six steps of one layer with other sizes each: nothing of a step may be left for the next."""
     outs = bench.on_ranks(setting, lambda rank: [rank.run(number) for number in range(6)])
@@ -147,7 +152,7 @@ def two_layers(bench: DispatchBench, setting: Setting) -> None:
 
 
 def handle_once(bench: DispatchBench, setting: Setting, how: str) -> None:
-    """A handle is taken once, with an error that says so the second time; nothing else is taken for one."""
+    """A handle is taken once, with an error that says so the second time; None is not taken for one."""
 
     def work(rank: Rank) -> None:
         flight = rank.dispatch()

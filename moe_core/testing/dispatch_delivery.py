@@ -16,13 +16,11 @@ from moe_core import formats
 from moe_core.expert_map import ExpertMapManager
 from moe_core.testing.case import Violation
 from moe_core.testing.compare import as_bytes
-from moe_core.testing.dispatch_bench import DispatchBench, Rank, Setting
+from moe_core.testing.dispatch_bench import DispatchBench, Rank, Setting, check_form
 from moe_core.types import ROW_WISE_PAYLOAD, ActivationFormat, Dispatched, DispatchFootprint
 
 CODE_STEP = {"float8_e4m3fn": 0.07, "float4_e2m1": 0.26}
 """Half the distance of the largest codes, of a group's largest magnitude, and a little: what quantizing may change."""
-Breach = tuple[str, str]
-"""(duty, what is wrong)."""
 
 
 def delivered(bench: DispatchBench, setting: Setting) -> None:
@@ -52,9 +50,8 @@ def _look_at_dispatch(bench: DispatchBench, rank: Rank) -> Counter[Any]:
     flight = rank.dispatch()
     batched = rank.kernel.plan.activation_format is ActivationFormat.BATCHED
     local = rank.kernel.expert_map.num_local_experts
-    check_form = _batched_form if batched else _standard_form
-    if breach := check_form(rank, flight.dispatched, local):
-        raise Violation(*breach)
+    check_form(rank.kernel.plan, flight.dispatched, local)
+    (_check_counts if batched else _check_choices)(flight.dispatched, local)
     found = _received(flight.dispatched, _by_values(rank.setting) if _own_bits(bench, rank.setting) else _by_bytes)
     rank.land(flight)
     return found
@@ -113,50 +110,21 @@ def _received(dispatched: Dispatched, recognise: Recognise) -> Counter[Any]:
     return found
 
 
-def _batched_form(rank: Rank, dispatched: Dispatched, local: int) -> Breach | None:
-    counts, x = dispatched.tokens_per_expert, dispatched.x
-    if counts is None or counts.dtype != torch.int32 or tuple(counts.shape) != (local,):
-        shown = None if counts is None else f"{counts.dtype} {tuple(counts.shape)}"
-        return "tokens_per_expert", f"it is {shown}; the contract is int32 (E_l,) = ({local},)"
-    if x.dim() != 3 or x.shape[0] != local:
-        return "shapes and dtypes", f"x is {tuple(x.shape)}; BATCHED is (E_l = {local}, C, H)"
-    if int(counts.max()) > x.shape[1] or int(counts.min()) < 0:
-        return "tokens_per_expert", f"counts {counts.tolist()} with C = {x.shape[1]} rows per expert"
-    return _payload_form(rank, dispatched)
+def _check_counts(dispatched: Dispatched, local: int) -> None:
+    counts, capacity = dispatched.tokens_per_expert, dispatched.x.shape[1]
+    assert counts is not None, "its form was looked at"
+    if local and (int(counts.max()) > capacity or int(counts.min()) < 0):
+        raise Violation("tokens_per_expert", f"counts {counts.tolist()} with C = {capacity} rows per expert")
 
 
-def _standard_form(rank: Rank, dispatched: Dispatched, local: int) -> Breach | None:
-    x, ids, weights, rows = dispatched.x, dispatched.topk_ids, dispatched.topk_weights, dispatched.num_rows
-    if ids is None or weights is None or ids.shape[0] != x.shape[0] or weights.shape != ids.shape:
-        return "shapes and dtypes", "STANDARD comes with topk_ids and topk_weights of one row per row of x"
-    if weights.dtype != torch.float32:
-        return "shapes and dtypes", f"topk_weights are {weights.dtype}; the contract is float32"
-    if rows is not None and (rows.dtype != torch.int32 or tuple(rows.shape) != (1,)):
-        return "shapes and dtypes", f"num_rows is {rows.dtype} {tuple(rows.shape)}; the contract is int32 (1,)"
+def _check_choices(dispatched: Dispatched, local: int) -> None:
+    ids = dispatched.topk_ids
+    assert ids is not None, "its form was looked at"
     if ids.numel() and (int(ids.max()) >= local or int(ids.min()) < -1):
-        return (
+        raise Violation(
             "expert map",
             f"topk_ids range from {int(ids.min())} to {int(ids.max())}; local ids are -1 to {local - 1}",
         )
-    return _payload_form(rank, dispatched)
-
-
-def _payload_form(rank: Rank, dispatched: Dispatched) -> Breach | None:
-    x, scheme = dispatched.x, rank.setting.scheme
-    if x.numel() and x.stride(-1) != 1:
-        return "shapes and dtypes", f"x has strides {x.stride()}; the contract is unit stride in H"
-    if rank.kernel.plan.payload == scheme.name:
-        assert scheme.activation is not None, "a payload of a scheme is its activations' format"
-        wanted = formats.storage_dtype(scheme.activation)
-        if dispatched.x_scale is None:
-            return "input quantization", f"the payload is {scheme.name!r}, and x_scale is None"
-    else:
-        wanted = rank.setting.dtype
-        if dispatched.x_scale is not None:
-            return "input quantization", "the payload is the model dtype, and there is an x_scale"
-    if x.dtype != wanted:
-        return "shapes and dtypes", f"x is {x.dtype}; this payload is {wanted}"
-    return None
 
 
 def _wanted_rows(bench: DispatchBench, setting: Setting, rank: int) -> Counter[Any]:
@@ -190,16 +158,24 @@ def _moves_replicas(bench: DispatchBench) -> bool:
 
 
 def footprint(bench: DispatchBench, setting: Setting) -> None:
-    """What it declares of its memory is host arithmetic, and its row bound is the one that its experts get."""
-    declared, plan = bench.candidate.capabilities.footprint, bench.possible(setting)
+    """What it declares of its memory is host arithmetic, and no rank's experts get more rows than it says."""
+    declared = bench.candidate.capabilities.footprint
     assert declared is not None, "asked of backends that declare one"
     size = setting.sizes()[0]
-    first, second = (declared(plan.problem, plan.payload, size) for _ in range(2))
-    if first != second or not isinstance(first, DispatchFootprint):
-        raise Violation("footprint", f"it answers {first!r}, then {second!r}; the contract is one DispatchFootprint")
-    standard = plan.activation_format is ActivationFormat.STANDARD
-    rows = bench.on_ranks(setting, lambda rank: rank.dispatch().dispatched.x.shape[0 if standard else 1])
-    if rows[0] != first.rows:
-        raise Violation(
-            "footprint", f"at T = {size} it says that the experts get {first.rows} rows; they get {rows[0]}"
-        )
+
+    def work(rank: Rank) -> None:
+        plan = rank.kernel.plan
+        first, second = (declared(plan.problem, plan.payload, size) for _ in range(2))
+        if first != second or not isinstance(first, DispatchFootprint):
+            raise Violation(
+                "footprint", f"it answers {first!r}, then {second!r}; the contract is one DispatchFootprint"
+            )
+        rows = rank.dispatch().dispatched.x.shape[0 if plan.activation_format is ActivationFormat.STANDARD else 1]
+        if rows > first.rows:
+            raise Violation(
+                "footprint",
+                f"rank {rank.group.rank}, T = {size}, ids {setting.ids}: it declares rows = {first.rows}, and the "
+                f"experts get {rows}; rows is a bound for every routing (DispatchFootprint, docs/plan.md)",
+            )
+
+    bench.on_ranks(setting, work)

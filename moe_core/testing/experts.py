@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import torch
 
-from moe_core.build import probed
+from moe_core.answers import probed
 from moe_core.config import GATED_FUNCTIONS, MODEL_DTYPES, UNGATED_FUNCTIONS, ActivationSpec
 from moe_core.errors import UnsupportedError
 from moe_core.plugins import registry
@@ -24,7 +24,7 @@ from moe_core.testing import experts_checks as checks
 from moe_core.testing.case import Case, Tier
 from moe_core.testing.experts_bench import COUNTS, ExpertsBench, Setting
 from moe_core.testing.experts_checks import WEIGHT_LAYOUTS
-from moe_core.testing.experts_unclaimed import device_of, planner_of, unclaimed
+from moe_core.testing.experts_unclaimed import device_of, planner_of, problem_of, unclaimed
 from moe_core.testing.material import IDS, IDS_OF_SOMEBODY
 from moe_core.testing.pairwise import Row, pairwise
 from moe_core.types import ActivationFormat, Device, ExpertsCapabilities, GateUpLayout
@@ -52,6 +52,8 @@ class _Cases:
             takes = ActivationFormat.BATCHED if batched else ActivationFormat.STANDARD
             if takes in self.caps.owns:
                 base = self.fit(Setting(batched=batched))
+                runs = self.case(f"{base.format.value}: one call runs", "a step runs", EVERY, checks.runs, base)
+                yield attrs.evolve(runs, opens=True)
                 yield from self._activations(base)
                 yield from self._sizes(base)
                 yield from self._batches(base)
@@ -355,7 +357,7 @@ class _Cases:
 
     def _declarations(self) -> Iterator[Case]:
         bench = attrs.evolve(self.bench, candidate=claims.available(self.bench.candidate))
-        name, caps, there = bench.candidate.name, self.caps, device_of(self.caps)
+        caps, there = self.caps, device_of(self.caps)
         batched = ActivationFormat.STANDARD not in caps.owns
         base = self.fit(Setting(batched=batched))
 
@@ -402,7 +404,13 @@ class _Cases:
         for what, config in layers.items():
             yield claims.one_owner(what, EVERY, planner_of(bench, base, there, config))
         for what, setting, device, config in unclaimed(caps, base, there):
-            yield claims.refused(what, "experts", name, planner_of(bench, setting, device, config))
+            yield claims.refused(
+                what,
+                "experts",
+                bench.candidate,
+                problem_of(setting, device, config),
+                planner_of(bench, setting, device, config),
+            )
 
 
 def _setting(row: Row) -> Setting:

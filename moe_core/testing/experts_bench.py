@@ -15,6 +15,7 @@ from moe_core import formats
 from moe_core.config import ActivationSpec, MoEConfig, MoEParallelConfig, Problem
 from moe_core.emulated import dequantize_weights
 from moe_core.errors import UnsupportedError
+from moe_core.forms import made, workspace_shapes
 from moe_core.interfaces import Experts
 from moe_core.plugins import registry
 from moe_core.quant import UNQUANTIZED, QuantScheme, QuantSpec
@@ -23,7 +24,7 @@ from moe_core.reference import activation_reference
 from moe_core.routed_experts import RoutedExperts
 from moe_core.select import CANONICAL_LAYOUT, Plan, select
 from moe_core.testing import material
-from moe_core.testing.case import Skip
+from moe_core.testing.case import Skip, Violation
 from moe_core.testing.compare import Guarded, Truth, check_numbers
 from moe_core.testing.material import F64, Problem64
 from moe_core.testing.oracle import pass_through
@@ -167,8 +168,7 @@ class ExpertsBench:
     def make(self, setting: Setting) -> Experts:
         plan = self.possible(setting)
         parallel, config = plan.problem.parallel, plan.config
-        made: Experts = self.candidate.factory(config, parallel, plan.scheme, None, config.placement)
-        return made
+        return made("experts", self.candidate, Experts, (config, parallel, plan.scheme, None, config.placement))
 
     def load(self, setting: Setting, seed: int = 0) -> Loaded:
         """Random weights, in the scheme and the layout that the plan's experts read."""
@@ -239,14 +239,20 @@ class ExpertsBench:
         spaces = self.workspaces(setting, experts, bound, fill_byte)
         out = Guarded(shape, setting.dtype, self.device, pad=pad)
         handed = {name: space.tensor for name, space in spaces.items()}
-        experts.apply(dispatched, weights, handed, out.tensor)
+        returned: Any = experts.apply(dispatched, weights, handed, out.tensor)
+        if returned is not None:
+            raise Violation(
+                "out is written whole",
+                f"apply returned a {type(returned).__name__}; the contract is to write into out, and to return nothing "
+                "(Experts.apply, docs/api.md)",
+            )
         out.check("out is written whole", "out")
         for name, space in spaces.items():
             space.check("workspaces", f"workspace {name!r}, {tuple(space.tensor.shape)} {space.tensor.dtype}")
         return out.tensor.cpu()
 
     def workspaces(self, setting: Setting, experts: Experts, bound: int, fill_byte: int) -> Mapping[str, Guarded]:
-        shapes = experts.workspace_shapes(bound, setting.format)
+        shapes = workspace_shapes(f"experts {self.candidate.label}", experts, bound, setting.format)
         return {
             name: Guarded(tuple(shape), dtype, self.device, fill=fill_byte) for name, (shape, dtype) in shapes.items()
         }

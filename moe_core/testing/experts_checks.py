@@ -27,6 +27,11 @@ def numbers(bench: ExpertsBench, setting: Setting, duty: str) -> None:
     bench.check(setting, out, rows, loaded, duty, explain=True)
 
 
+def runs(bench: ExpertsBench, setting: Setting) -> None:
+    """The experts are made, weights are loaded, and one call ends; its numbers are for other cases."""
+    bench.run(setting, bench.make(setting), bench.load(setting).weights, bench.batch(setting))
+
+
 def router_weights(bench: ExpertsBench, setting: Setting, values: tuple[float, ...]) -> None:
     """Weights are any float32: negative, zero, above 1, so small that the model dtype has no name for them."""
     experts, loaded, rows = bench.make(setting), bench.load(setting), bench.batch(setting)

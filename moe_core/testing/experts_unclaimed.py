@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from moe_core.config import GATED_FUNCTIONS, MODEL_DTYPES, ActivationSpec
+from moe_core.config import GATED_FUNCTIONS, MODEL_DTYPES, ActivationSpec, Problem
 from moe_core.quant import QuantScheme
 from moe_core.select import Plan, select
 from moe_core.testing import claims
@@ -16,11 +16,16 @@ from moe_core.testing.oracle import pass_through
 from moe_core.types import ActivationFormat, Device, ExpertsCapabilities, GateUpLayout
 
 
+def problem_of(setting: Setting, device: Device, config: dict[str, Any]) -> Problem:
+    problem = setting.problem(device)
+    return attrs.evolve(problem, config=attrs.evolve(problem.config, **config))
+
+
 def planner_of(bench: ExpertsBench, setting: Setting, device: Device, config: dict[str, Any]) -> claims.Planner:
     def make() -> Plan:
-        problem = setting.problem(device)
-        problem = attrs.evolve(problem, config=attrs.evolve(problem.config, **config))
-        return select(problem, [pass_through(setting.format, setting.payloads)], [bench.candidate])
+        return select(
+            problem_of(setting, device, config), [pass_through(setting.format, setting.payloads)], [bench.candidate]
+        )
 
     return make
 

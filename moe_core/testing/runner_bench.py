@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import torch
 
-from moe_core.build import probed
+from moe_core.answers import probed
 from moe_core.config import ActivationSpec, MoEConfig, MoEParallelConfig, Problem, RouterSpec
 from moe_core.interfaces import Group, MoERunnerInterface, RunnerFactory
 from moe_core.plugins import registry

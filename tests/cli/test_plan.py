@@ -260,3 +260,8 @@ def test_layers_that_run_by_their_modules_own_functions_are_not_planned(invoke, 
     text = invoke("plan", "anything").stdout
     assert "note: runs unfused: it has a norm" in text
     assert "1 rank: not planned: nothing is known of the module's own functions" in text
+
+
+def test_a_named_shape_is_the_one_that_bench_and_tune_name(planned):
+    named, typed = (planned(shape)["plans"] for shape in ("qwen3-30b", "E=128,K=8,H=2048,I=768"))
+    assert [chosen(entry)["cost"] for entry in named] == [chosen(entry)["cost"] for entry in typed]

@@ -27,8 +27,8 @@ def probe_that_raises():
 @hookimpl
 def moe_core_register_prepare_finalize(register):
     for name, probe in (("quiet", probe_that_refuses), ("loud", probe_that_raises)):
-        register(name, None, DispatchCapabilities(**CAPABILITIES, device_types=frozenset({"cpu"})), probe=probe)
-    register("far", None, DispatchCapabilities(**CAPABILITIES, device_types=frozenset({"npu"})))
+        register(name, print, DispatchCapabilities(**CAPABILITIES, device_types=frozenset({"cpu"})), probe=probe)
+    register("far", print, DispatchCapabilities(**CAPABILITIES, device_types=frozenset({"npu"})))
 """
 
 NOT_HERE = "\n".join(line for line in GPU_ONLY.splitlines() if '"far"' not in line)
@@ -57,6 +57,19 @@ def test_plugins_lists_the_broken_one(process, installed):
     )
     assert (plugin["status"], plugin["registers"]) == ("failed", [])
     assert "moe_acme.plugin raised ModuleNotFoundError" in plugin["reason"]
+
+
+def test_a_name_that_a_failed_plugin_would_bring_is_told_with_its_reason(process, installed):
+    site = installed("acme", GPU_ONLY.replace("frozenset({torch.float32})", "torch.float32"))
+    said = " ".join(process("conformance", "quiet", path=site).stderr.split())
+    assert "nothing is registered under the name 'quiet'; there are: " in said
+    assert "plugin acme (moe-acme 1.2) is failed: moe_acme.plugin, hook moe_core_register_prepare_finalize" in said
+    assert "DispatchCapabilities.dtypes = torch.float32; expected a frozenset of torch.dtype" in said
+
+
+def test_a_plugin_that_registers_nothing_is_told_so(process, installed):
+    listing = " ".join(process("plugins", path=installed("acme", WORKS)).stdout.split())
+    assert "moe-acme 1.2 loaded nothing no: it has no hook that registers" in listing
 
 
 def test_plugins_says_why_a_backend_cannot_be_used(process, installed):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 import torch
 
+from moe_core.footprint import share_of_tokens
 from moe_core.testing import registered
 from moe_core.types import (
     BATCHED_EXPERTS_DUTIES,
@@ -31,14 +32,49 @@ class RefusesEverything(dispatch_mutants.Wrapped):
     pass
 
 
-def _one_row_more(problem, payload, tokens):
-    told = registered("dispatch", "batched").capabilities.footprint(problem, payload, tokens)
-    return attrs.evolve(told, rows=told.rows + 1)
+def _one_row_less(base):
+    def told(problem, payload, tokens):
+        right = registered("dispatch", base).capabilities.footprint(problem, payload, tokens)
+        return attrs.evolve(right, rows=right.rows - 1)
+
+    return told
 
 
-@dispatch_mutants.wrong("batched", "counts its memory wrongly", "footprint", footprint=_one_row_more)
+@dispatch_mutants.wrong("all_gather", "counts its rows wrongly", "footprint", footprint=_one_row_less("all_gather"))
+@dispatch_mutants.wrong("batched", "counts its rows wrongly", "footprint", footprint=_one_row_less("batched"))
 class CountsWrongly(dispatch_mutants.Wrapped):
     pass
+
+
+class FollowsRouting(dispatch_mutants.Wrapped):
+    """No mutant by itself: R is what the routing sends here, and the footprint of what it wraps is its bound."""
+
+    def prepare(self, hidden_states, routing, **named):
+        d = self.inner.prepare(hidden_states, routing, **named)
+        kept = (d.topk_ids >= 0).any(dim=1)
+        scale = None if d.x_scale is None else d.x_scale[kept]
+        ids, weights = d.topk_ids[kept], d.topk_weights[kept]
+        return attrs.evolve(d, x=d.x[kept], x_scale=scale, topk_ids=ids, topk_weights=weights, handle=(d.handle, kept))
+
+    def finalize(self, expert_out, handle, routing, out):
+        inner, kept = handle
+        whole = expert_out.new_zeros(len(kept), expert_out.shape[1])
+        whole[kept] = expert_out
+        self.inner.finalize(whole, inner, routing, out)
+
+    def expert_output(self, dispatched, out):
+        return None
+
+    def release(self, handle):
+        self.inner.release(handle[0])
+
+
+def _in_the_mean(problem, payload, tokens):
+    right = registered("dispatch", "all_gather").capabilities.footprint(problem, payload, tokens)
+    return attrs.evolve(right, rows=int(right.rows * share_of_tokens(problem) / 2))
+
+
+dispatch_mutants.wrong("all_gather", "bounds its rows by the mean", "footprint", footprint=_in_the_mean)(FollowsRouting)
 
 
 def _no_extras(problem):

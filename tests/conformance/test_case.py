@@ -157,3 +157,7 @@ def test_untouched_sees_values_versions_and_what_lies_between_rows():
     change(lambda whole, view: whole[:, 6].fill_(1.0), "apply wrote into x")
     quiet = Untouched(x=torch.full((2, 2), torch.nan))
     quiet.check("apply")
+
+
+def cases_that(*checks, opens=0):
+    return [Case(f"case {i}", "rows", Tier.REQUIRED, "x", check, opens=i == opens) for i, check in enumerate(checks)]

@@ -13,6 +13,7 @@ from tests.conformance import (
     declaration_mutants,
     dispatch_mutants,
     experts_mutants,
+    form_mutants,
     quant_mutants,
     router_mutants,
     runner_mutants,
@@ -21,6 +22,7 @@ from tests.conformance.kill import survivors
 from tests.conformance.mutant import named
 
 assert declaration_mutants.__doc__, "imported for what it adds to the two lists that it names"
+assert form_mutants.__doc__, "so is this"
 KINDS = {
     "dispatch": dispatch_mutants,
     "experts": experts_mutants,
@@ -71,6 +73,14 @@ def test_the_wrapper_of_the_mutants_is_no_mutant(kind):
     for case in neutral[kind]():
         result = run_case(case)
         assert not result.bad, f"{case.name}: {result.duty}: {result.text}"
+
+
+def test_rows_that_follow_the_routing_have_a_bound_too():
+    cases = dispatch_mutants.cases_of("all_gather", declaration_mutants.FollowsRouting, {})
+    asked = [case for case in cases if case.duty == "footprint" or case.name.startswith(("delivered", "numbers: ids"))]
+    assert sum(case.duty == "footprint" for case in asked) == 6
+    for case in asked:
+        assert not run_case(case).bad, run_case(case).text
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import attrs
 import pytest
 import torch
 
-from moe_core import MoEError, Routing
+from moe_core import MoEError, PluginError, Routing
 from moe_core.interfaces import Experts
 
 H, E = 24, 6
@@ -108,13 +110,30 @@ def test_experts_are_not_called_without_rows(config, build, plugin, backend):
     assert probe.seen == []
 
 
-@pytest.mark.parametrize(
-    ("broken", "message"),
-    [
-        (lambda d: attrs.evolve(d, topk_ids=None), "standard format needs one row of topk_ids per row of x"),
-        (lambda d: attrs.evolve(d, x=d.x.t().contiguous().t()), "the contract is unit stride in H"),
-    ],
-)
+ILL_FORMED = {
+    "a tuple": (lambda d: (d.x, d.topk_ids), "an object of type tuple; expected a moe_core.Dispatched (docs/api.md)"),
+    "no x": (lambda d: attrs.evolve(d, x=None), "x None; expected [R, 24] float32"),
+    "a column too few": (lambda d: attrs.evolve(d, x=d.x[:, 1:]), "x of shape (3, 23), float32; expected [R, 24]"),
+    "another dtype": (lambda d: attrs.evolve(d, x=d.x.double()), "x of shape (3, 24), float64; expected [R, 24]"),
+    "strides in H": (lambda d: attrs.evolve(d, x=d.x.t().contiguous().t()), "x of strides (1, 3); expected unit"),
+    "no ids": (lambda d: attrs.evolve(d, topk_ids=None), "topk_ids None; expected [3, K] int32 or int64"),
+    "flat ids": (
+        lambda d: attrs.evolve(d, topk_ids=d.topk_ids[:, 0]),
+        "topk_ids of shape (3,), int64; expected [3, K]",
+    ),
+    "weights in bf16": (
+        lambda d: attrs.evolve(d, topk_weights=d.topk_weights.bfloat16()),
+        "topk_weights of shape (3, 2), bfloat16; expected [3, 2] float32 (Dispatched.topk_weights, docs/api.md)",
+    ),
+    "num_rows of the host": (lambda d: attrs.evolve(d, num_rows=3), "num_rows of type int; expected [1] int32"),
+    "scales of nothing": (
+        lambda d: attrs.evolve(d, x_scale=d.x),
+        "x_scale of shape (3, 24), float32; expected None with payload",
+    ),
+}
+
+
+@pytest.mark.parametrize(("broken", "message"), ILL_FORMED.values(), ids=ILL_FORMED)
 def test_debug_mode_holds_a_dispatch_to_the_contract(config, build, plugin, backend, broken, message):
     factory, capabilities = backend("dispatch", "local")
 
@@ -125,8 +144,64 @@ def test_debug_mode_holds_a_dispatch_to_the_contract(config, build, plugin, back
         return made
 
     plugin(dispatch=("broken", make, capabilities))
-    with pytest.raises(MoEError, match=f"dispatch broken: .*{message}"):
+    with pytest.raises(MoEError, match=rf"dispatch 'broken' \(.*\): prepare returned {re.escape(message)}"):
         step(build(config(debug=True), dispatch="broken"), 3)
+
+
+def test_debug_mode_tells_experts_that_return_what_they_should_write(config, build, plugin, backend):
+    factory, capabilities = backend("experts", "torch")
+
+    def make(*arguments):
+        made = factory(*arguments)
+        made.apply = lambda dispatched, *_: dispatched.x * 2
+        return made
+
+    plugin(experts=("returning", make, capabilities))
+    with pytest.raises(
+        MoEError, match=r"experts returning .*: apply returned a Tensor; .*in out \(Experts.apply, docs"
+    ):
+        step(build(config(debug=True), experts="returning"), 3)
+
+
+class Lacking(Experts):
+    """Has no `apply`."""
+
+    def workspace_shapes(self, rows, activation_format):
+        return {}
+
+
+class Declaring(Probe):
+    """Experts with these workspaces."""
+
+    def __init__(self, shapes):
+        super().__init__(1.0)
+        self.shapes = shapes
+
+    def workspace_shapes(self, rows, activation_format):
+        return self.shapes
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (lambda *_: None, "its factory returned None; expected factory(config, parallel, scheme, group, placement)"),
+        (lambda *_: object(), "its factory returned an object of type object; expected factory("),
+        (lambda config: Probe(1.0), "its factory raised TypeError: "),
+        (lambda *_: Lacking(), "its factory raised TypeError: Can't instantiate abstract class Lacking"),
+        (lambda *_: Declaring([]), "workspace_shapes(1, standard) returned an object of type list; expected a mapping"),
+        (lambda *_: Declaring({"h": (1, 3)}), "workspace_shapes(1, standard) declares 'h' as (1, 3); expected"),
+    ],
+)
+def test_what_a_factory_makes_is_looked_at_when_a_layer_is_built(config, build, plugin, backend, factory, message):
+    plugin(experts=("wrong", factory, backend("experts", "torch")[1]))
+    with pytest.raises(PluginError, match=rf"experts '?wrong'? \(.*\): {re.escape(message)}.*docs/api.md"):
+        build(config(), experts="wrong")
+
+
+def test_a_dispatch_that_a_factory_does_not_make_is_told_too(config, build, plugin, backend):
+    plugin(dispatch=("wrong", lambda *_: None, backend("dispatch", "local")[1]))
+    with pytest.raises(PluginError, match=r"dispatch 'wrong' .* returned None; .*-> moe_core.PrepareAndFinalize"):
+        build(config(), dispatch="wrong")
 
 
 class RoutesItself(Experts):

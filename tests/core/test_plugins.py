@@ -55,7 +55,8 @@ def test_a_refused_plugin_leaves_nothing_behind(backend):
 
     before = (len(moe_core.plugins()), set(registry().dispatch))
     with pytest.raises(
-        PluginError, match=r"'acme' registers dispatch 'local', which moe-core .* has registered already"
+        PluginError,
+        match=r"_prepare_finalize: registers dispatch 'local', which moe-core .* has registered already",
     ):
         moe_core.register_plugin(module(moe_core_register_prepare_finalize=two))
     assert (len(moe_core.plugins()), set(registry().dispatch)) == before
@@ -70,17 +71,20 @@ def test_a_refused_plugin_leaves_nothing_behind(backend):
         (module(api=None), r"sets moe_core_api = None; expected a pair of ints such as \(1, 0\)"),
         (
             module(moe_core_register_expert=lambda register: None),
-            r"'acme' defines a hook that does not exist .*moe_core_register_experts",
+            r"^plugin 'acme': acme defines moe_core_register_expert, .* did you mean moe_core_register_experts\?",
         ),
         (
-            module(moe_core_register_experts=lambda register: register("x", None, {})),
-            r"'acme' registered experts 'x' with capabilities = \{\}; expected a moe_core.ExpertsCapabilities",
+            module(moe_core_register_experts=lambda register: register("x", print, {})),
+            r"experts 'x': capabilities = \{\}; expected a moe_core.ExpertsCapabilities",
         ),
         (
-            module(moe_core_register_routers=lambda register: register("", None)),
-            r"'acme' registered router under the name ''; expected a str",
+            module(moe_core_register_routers=lambda register: register("", print)),
+            r"router: name = ''; expected a str, not empty",
         ),
-        (module(moe_core_register_routers=lambda register: 1 / 0), r"acme raised ZeroDivisionError"),
+        (
+            module(moe_core_register_routers=lambda register: 1 / 0),
+            r"hook moe_core_register_routers raised ZeroDivisionError at .*test_plugins.py:\d+: division",
+        ),
     ],
 )
 def test_a_wrong_plugin_is_told_what_is_wrong(made, message):

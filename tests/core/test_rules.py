@@ -20,6 +20,7 @@ from moe_core import (
     CapacityError,
     Duty,
     ExpertPlacement,
+    Experts,
     MoEError,
     MoEParallelConfig,
     Routing,
@@ -91,7 +92,7 @@ def test_rule_1_an_exception_releases_what_was_in_flight(config, build, plugin, 
         def release(self, handle):
             released.append(handle)
 
-    class Failing:
+    class Failing(Experts):
         def __init__(self, inner):
             self.inner, self.fail = inner, True
 
@@ -154,7 +155,7 @@ def test_rule_1_whatever_fails_the_slot_is_free_again(config, build, plugin, bac
     c = config(debug=True, has_shared_experts=True, shared_experts_order=order)
     runner = build(c, dispatch="faulty", shared_experts=Shared())
     x, logits = tokens(), torch.randn(5, E)
-    with pytest.raises(MoEError, match=r"wire cut|one row of topk_ids|no memory"):
+    with pytest.raises(MoEError, match=r"wire cut|returned topk_ids None|no memory"):
         runner(x, logits)
     broken["now"] = False
     assert runner(x, logits).isfinite().all()
@@ -190,7 +191,7 @@ def test_rule_3_tokens_per_expert_is_int32_per_local_expert(config, build, plugi
 
     plugin(dispatch=("total", lambda c, p, s, g, e: _same(Total, factory, c, p, s, g, e), capabilities))
     wrong = build(config(debug=True), dispatch="total")
-    with pytest.raises(MoEError, match=r"total: tokens_per_expert is .*int64.*the contract is int32 \(E_l,\) = \(6,\)"):
+    with pytest.raises(MoEError, match=r"'total'.* tokens_per_expert of .*int64; expected \[6\] int32"):
         run(wrong, tokens(), routing([[0, 1]] * 5))
 
 

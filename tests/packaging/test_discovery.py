@@ -28,6 +28,9 @@ def moe_core_register_prepare_finalize(register):
 MISSPELT = GOOD.replace("moe_core_register_prepare_finalize", "moe_core_register_expert")
 TOO_NEW = GOOD.replace("(1, 0)", "(2, 0)")
 MINOR_TOO_NEW = GOOD.replace("(1, 0)", "(1, 999)")
+MISTYPED = GOOD.replace("frozenset({torch.float32})", "torch.float32")
+UNMARKED = GOOD.replace("@moe_core.hookimpl\n", "")
+AT_IMPORT = "import moe_core\nmoe_core.DispatchCapabilities(carry_tokens=True)"
 NO_API = GOOD.replace("moe_core_api = (1, 0)", "")
 
 
@@ -68,6 +71,9 @@ def test_broken_plugins_are_listed_and_good_ones_load_beside_them(install, listi
     install("acme-import", "import acme_vendor_that_is_not_here")
     install("acme-syntax", "def broken(:")
     install("acme-hook", MISSPELT)
+    install("acme-mistyped", MISTYPED)
+    install("acme-unmarked", UNMARKED)
+    install("acme-at-import", AT_IMPORT)
     install("acme-major", TOO_NEW)
     install("acme-minor", MINOR_TOO_NEW)
     install("acme-silent", NO_API)
@@ -80,6 +86,11 @@ def test_broken_plugins_are_listed_and_good_ones_load_beside_them(install, listi
     assert_refused(
         found["acme-hook"], "failed", "acme_hook", "moe_core_register_expert", "moe_core_register_prepare_finalize"
     )
+    mistyped = "DispatchCapabilities.dtypes = torch.float32; expected a frozenset of torch.dtype"
+    assert_refused(found["acme-mistyped"], "failed", "acme_mistyped.py:10: ", mistyped, "docs/capabilities.md")
+    assert_refused(found["acme-unmarked"], "failed", "without @moe_core.hookimpl", "docs/hooks.md")
+    assert_refused(found["acme-at-import"], "failed", "acme_at_import.py:2: ", "'carry_tokens'", "carries_tokens?")
+    assert not [d for d in ("acme-mistyped", "acme-at-import") if "reinstall" in found[d]["reason"]]
     assert_refused(found["acme-major"], "incompatible", "2.0", "1.0", "pip install")
     assert_refused(found["acme-minor"], "incompatible", "1.999", "pip install")
     assert_refused(found["acme-silent"], "incompatible", "acme_silent", "moe_core_api")

@@ -7,7 +7,8 @@ from typing import Any
 import attrs
 import torch
 
-from moe_core.build import device_of, probed
+from moe_core.answers import probed
+from moe_core.build import device_of
 from moe_core.build import plan as plan_layer
 from moe_core.config import ActivationSpec, Problem
 from moe_core.errors import UnsupportedError

@@ -19,7 +19,7 @@ import torch.distributed._symmetric_memory as symmetric_memory
 from moe_core.agreement import check_agreement
 from moe_core.errors import MoEError
 from moe_core.interfaces import Group
-from moe_core.ops._runtime import KernelLaunch
+from moe_core.ops import KernelLaunch
 from moe_symm.buffers import clear
 from moe_symm.kernels import pair
 from moe_symm.layout import (

@@ -112,10 +112,10 @@ def test_every_interleaving_gives_the_same_numbers(ranks):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_a_thousand_routings(ranks):
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_hundreds_of_routings(ranks):
     for seed in range(10):
-        assert run_on_ranks(ranks, wrong_steps, EmulatedMemory, seed, 100) == [0] * ranks
+        assert run_on_ranks(ranks, wrong_steps, EmulatedMemory, seed, 40) == [0] * ranks
 
 
 class CountsTooEarly(EmulatedMemory):
