@@ -8,31 +8,43 @@ Shape letters: H hidden · E_l local experts · K top-k · R received rows · C 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import attrs
 import torch
 
 from moe_core import formats
 from moe_core.errors import PluginError
-from moe_core.interfaces import Candidate, Experts, WorkspaceShapes
+from moe_core.interfaces import Candidate, Experts, PrepareAndFinalize, WorkspaceShapes
 from moe_core.select import Plan
-from moe_core.types import MODEL_DTYPE_PAYLOAD, ActivationFormat, Dispatched
+from moe_core.types import (
+    MODEL_DTYPE_PAYLOAD,
+    ActivationFormat,
+    DispatchCapabilities,
+    Dispatched,
+    ExpertsCapabilities,
+)
 
 _IDS = (torch.int32, torch.int64)
-Backend = TypeVar("Backend")
 
 
-def made(kind: str, candidate: Candidate[Any], contract: type[Backend], arguments: tuple[Any, ...]) -> Backend:
-    """What a candidate's factory makes of `arguments`.
-
-    Args:
-        kind: "dispatch" or "experts", for the message.
-        contract: what it must be an instance of: the factory itself promises nothing.
+def made_dispatch(candidate: Candidate[DispatchCapabilities], arguments: tuple[Any, ...]) -> PrepareAndFinalize:
+    """The dispatch backend that a candidate's factory makes of `arguments`, those of a `BackendFactory`.
 
     Raises:
         PluginError: the factory can't be called so, makes something else, or its class lacks a method.
     """
+    backend: PrepareAndFinalize = _made("dispatch", candidate, PrepareAndFinalize, arguments)
+    return backend
+
+
+def made_experts(candidate: Candidate[ExpertsCapabilities], arguments: tuple[Any, ...]) -> Experts:
+    """The same of experts."""
+    backend: Experts = _made("experts", candidate, Experts, arguments)
+    return backend
+
+
+def _made(kind: str, candidate: Candidate[Any], contract: type[Any], arguments: tuple[Any, ...]) -> Any:
     who = f"{kind} {candidate.name!r} ({candidate.plugin})"
     expected = (
         f"expected factory(config, parallel, scheme, group, placement) -> moe_core.{contract.__name__}, with all of "

@@ -19,9 +19,10 @@ import torch
 
 from moe_core import forms
 from moe_core.agreement import check_agreement
+from moe_core.answers import footprint_of
 from moe_core.errors import CollectiveError, MoEError
 from moe_core.expert_map import ExpertMapManager
-from moe_core.interfaces import Experts, Group, PrepareAndFinalize
+from moe_core.interfaces import Experts, Group
 from moe_core.select import Plan
 from moe_core.types import (
     ActivationFormat,
@@ -67,8 +68,8 @@ class MoEKernel:
         arguments = (config, parallel, plan.scheme, group, config.placement)
         self.plan = plan
         self.expert_map = ExpertMapManager(config.num_experts, parallel.ep_size, parallel.ep_rank, config.placement)
-        self.prepare_finalize = forms.made("dispatch", plan.dispatch, PrepareAndFinalize, arguments)
-        self.experts = [forms.made("experts", item.candidate, Experts, arguments) for item in plan.ranges]
+        self.prepare_finalize = forms.made_dispatch(plan.dispatch, arguments)
+        self.experts = [forms.made_experts(item.candidate, arguments) for item in plan.ranges]
         for item, experts in zip(plan.ranges, self.experts, strict=True):
             if table := plan.launch.get(item.candidate.label):
                 experts.use_launch(table)
@@ -335,9 +336,9 @@ class MoEKernel:
 
 def row_bound(plan: Plan, tokens: int) -> int | None:
     """The row bound, by which ranges go, at T tokens on every rank; None: the dispatch does not declare it."""
-    declared = plan.dispatch.capabilities.footprint
+    declared = footprint_of(plan.dispatch, plan.problem, plan.payload, tokens)
     if declared is not None:
-        return declared(plan.problem, plan.payload, tokens).rows
+        return declared.rows
     stays = plan.activation_format is ActivationFormat.STANDARD and plan.problem.parallel.ep_size == 1
     return tokens if stays else None
 

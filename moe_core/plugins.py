@@ -407,7 +407,7 @@ def _failure(registrar: _Registrar, error: BaseException) -> str:
 
 
 def _place(record: PluginRecord, error: BaseException) -> str:
-    """ " at file:line", the last line of the plugin's own that ran, or of whom it called; "" where none did."""
+    """The last line of the plugin that ran, else of whom it called, to be put behind the error's name; or ""."""
     frames = [(frame.f_globals.get("__name__", ""), frame.f_code.co_filename, line)
               for frame, line in traceback.walk_tb(error.__traceback__)]  # fmt: skip
     foreign = [item for item in frames if item[0].partition(".")[0] not in _NOT_THE_PLUGIN and item[1][:1] != "<"]
@@ -421,7 +421,7 @@ def _call_hint(hook: str, text: str) -> str:
     if called is None or (called[1] and called[1] not in _RECORDS):
         return ""
     if called[1] is None:
-        return f"; see what register takes in {hook} ({HOOKS_PAGE})"
+        return hook and f"; see what register takes in {hook} ({HOOKS_PAGE})"
     fields = [field.name for field in attrs.fields(_RECORDS[called[1]])]
     unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
     close = difflib.get_close_matches(unknown[1], fields, n=1) if unknown else []

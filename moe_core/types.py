@@ -282,7 +282,7 @@ class DispatchFootprint:
     """What one step of one layer costs one rank in its dispatch: rows and bytes.
 
     Attributes:
-        rows: the row bound that the experts get: R of STANDARD format, C of BATCHED.
+        rows: the row bound that the experts get: R of STANDARD format, C of BATCHED. No routing brings more of them.
         dispatch_wire_bytes, combine_wire_bytes: what this rank receives from other ranks in `prepare` and in
             `finalize`, padding included; of routing that is not padded away, the mean over uniform routing.
         held_bytes: what `prepare` allocates and `finalize` releases: rows, scales, ids, counts, the handle.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import keyword
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import click
@@ -50,7 +51,12 @@ def write_plugin(name: str, kind: str, into: Path) -> Path:
             f"name = {name!r}; expected a Python name in small letters, digits and underscores, such as acme_ring"
         )
     found = registry()
-    if name in {"dispatch": found.dispatch, "experts": found.experts, "quant": found.quant_methods}[kind]:
+    taken: dict[str, Collection[str]] = {
+        "dispatch": found.dispatch,
+        "experts": found.experts,
+        "quant": found.quant_methods,
+    }
+    if name in taken[kind]:
         raise ValueError(f"name = {name!r}; a plugin that is installed registers this {kind} already: choose another")
     if importlib.util.find_spec("copier") is None:
         raise MoEError('new-plugin needs copier: pip install "moe-core[authors]"')

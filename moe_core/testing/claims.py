@@ -92,7 +92,7 @@ def one_owner(name: str, claim: str, make: Planner) -> Case:
 
 
 def refused(name: str, kind: str, candidate: Candidate[Any], problem: Problem, make: Planner) -> Case:
-    """A layer that needs what is not claimed is refused, by this backend or its pair, with a reason that says something.
+    """A layer that needs what is not claimed is refused, by this backend or its pair, with a reason that says so.
 
     Its `refuse` is asked about that layer too: it must answer, whatever layer it is.
     """

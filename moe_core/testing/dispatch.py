@@ -259,14 +259,11 @@ class _Cases:
                     f"deterministic: {shown}, {ranks}", "determinism", "deterministic", checks.same_each_time, setting
                 )
         if self.caps.footprint is not None:
-            batches: dict[str, dict[str, Any]] = {
-                "tokens equal": {"tokens": "equal"},
-                "tokens full": {"tokens": "full"},
-            }
+            batches = {"tokens equal": ("equal", "distinct"), "tokens full": ("full", "distinct")}
             if self.caps.accepts_dropped_ids:
-                batches["all to one expert"] = {"tokens": "full", "ids": "one expert"}
-            for what, changes in batches.items():
-                setting = attrs.evolve(base, **changes)
+                batches["all to one expert"] = ("full", "one expert")
+            for what, (tokens, ids) in batches.items():
+                setting = attrs.evolve(base, tokens=tokens, ids=ids)
                 yield self.case(f"footprint: {what}, {ranks}", "footprint", "footprint", footprint, setting)
         if self.caps.graph_capturable and base.world == 1:
             yield self.case(f"a CUDA graph, {ranks}", "graph capture", "graph_capturable", checks.captured, base)

@@ -15,7 +15,7 @@ from moe_core import formats
 from moe_core.config import ActivationSpec, MoEConfig, MoEParallelConfig, Problem
 from moe_core.emulated import dequantize_weights
 from moe_core.errors import UnsupportedError
-from moe_core.forms import made, workspace_shapes
+from moe_core.forms import made_experts, workspace_shapes
 from moe_core.interfaces import Experts
 from moe_core.plugins import registry
 from moe_core.quant import UNQUANTIZED, QuantScheme, QuantSpec
@@ -168,7 +168,7 @@ class ExpertsBench:
     def make(self, setting: Setting) -> Experts:
         plan = self.possible(setting)
         parallel, config = plan.problem.parallel, plan.config
-        return made("experts", self.candidate, Experts, (config, parallel, plan.scheme, None, config.placement))
+        return made_experts(self.candidate, (config, parallel, plan.scheme, None, config.placement))
 
     def load(self, setting: Setting, seed: int = 0) -> Loaded:
         """Random weights, in the scheme and the layout that the plan's experts read."""

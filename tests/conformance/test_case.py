@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 
+import attrs
 import pytest
 import torch
 
@@ -159,5 +160,13 @@ def test_untouched_sees_values_versions_and_what_lies_between_rows():
     quiet.check("apply")
 
 
-def cases_that(*checks, opens=0):
-    return [Case(f"case {i}", "rows", Tier.REQUIRED, "x", check, opens=i == opens) for i, check in enumerate(checks)]
+def test_what_follows_a_case_that_opens_is_not_asked_if_it_fails():
+    asked = []
+    opening = attrs.evolve(case(fails, "one step runs"), opens=True)
+    cases = [case(lambda: None, "before"), opening, case(lambda: asked.append(1), "after")]
+    report = run_cases(cases, "x", "cpu")
+    assert [result.outcome for result in report.results] == [Outcome.PASSED, Outcome.FAILED, Outcome.SKIPPED]
+    assert report.results[-1].text == "'one step runs' failed; what follows is asked when it passes"
+    assert not asked
+    run_cases(cases, "x", "cpu", xfail={"one step runs": "with 0.2"})
+    assert asked, "a failure that is known is no reason to stop"

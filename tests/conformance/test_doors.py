@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ pytest.importorskip("click")
 
 from click.testing import CliRunner
 
+import moe_core
 import moe_core.testing
 from moe_core.cli.app import app
 from moe_core.errors import UnsupportedError
@@ -75,6 +77,54 @@ def test_the_command_prints_a_table_and_writes_every_case(tmp_path):
     assert report["verdict"] == "conforms"
     assert all(case["outcome"] in ("passed", "skipped") for case in report["cases"])
     assert {"name", "duty", "tier", "claim", "outcome", "text"} == set(report["cases"][0])
+
+
+@pytest.fixture
+def acme():
+    """A dispatch backend "acme", made by the factory that the test gives."""
+    local = registered("dispatch", "local")
+    module = types.ModuleType("acme_dispatch")
+    module.moe_core_api = (1, 0)
+
+    def install(factory):
+        def hook(register):
+            register("acme", factory, local.capabilities)
+
+        module.moe_core_register_prepare_finalize = moe_core.hookimpl(hook)
+        moe_core.register_plugin(module)
+
+    yield install
+    moe_core.unregister_plugin("acme_dispatch")
+
+
+def test_one_cause_is_printed_once(acme):
+    acme(lambda *_: None)
+    result = invoke("acme", "--ranks", "1")
+    assert result.exit_code == 1
+    assert result.stdout.count("FAILED") == 1
+    told = " ".join(result.stdout.split())
+    assert "a step runs: " in told
+    assert "dispatch 'acme' (in process): its factory returned None; expected factory(" in told
+    assert "'one step runs' failed; what follows is asked when it passes" in told
+
+
+def test_failures_of_one_text_are_printed_together(acme):
+    def refuses_one_choice(*given):
+        made = registered("dispatch", "local").factory(*given)
+        whole = made.prepare
+
+        def prepare(hidden_states, routing, **named):
+            if routing.topk_ids.shape[1] == 1:
+                raise RuntimeError("no K = 1")
+            return whole(hidden_states, routing, **named)
+
+        made.prepare = prepare
+        return made
+
+    acme(refuses_one_choice)
+    told = re.search(r"FAILED (\d+) cases, first: (.*)\n.*no K = 1", invoke("acme", "--ranks", "1").stdout)
+    assert told, "with their number and the name of the first"
+    assert int(told[1]) > 1
 
 
 def test_markdown_for_a_readme():
