@@ -93,7 +93,7 @@ def test_of_a_model_on_several_ranks(checkpoints, explained, invoke):
     assert group["layers"] == [1]
     assert group["plan"]["dispatch"]["name"] == "all_gather"
     text = invoke("explain", *arguments).stdout
-    assert "1 MoE layers on 2 ranks, experts shared out, each rank with tokens of its own" in text
+    assert "1 MoE layer on 2 ranks, experts shared out, each rank with tokens of its own" in text
     assert "wire at T = 4" in text
     assert re.search(r"all_gather \+ torch +chosen", text)
 
