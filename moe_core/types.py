@@ -159,7 +159,7 @@ class Dispatched:
         x: STANDARD `[R, H]` or BATCHED `[E_l, C, H]`; unit stride in H, other strides free; never written by anyone.
         handle: opaque to everyone but the `finalize` of the object that made it, which consumes it exactly once.
         x_scale: scales of a quantized payload, None when `x` is in the model dtype. A scale means x ≈ q · scale.
-        topk_ids: STANDARD only, `[R, K]`, local ids or -1.
+        topk_ids: STANDARD only, `[R, K]`, local ids or -1. Any strides, here and below: experts get contiguous ones.
         topk_weights: STANDARD only, `[R, K]` float32.
         num_rows: STANDARD only, int32 `[1]` on the device: the valid prefix of R. None: every row may hold data, and
             rows whose ids are all -1 are empty.
