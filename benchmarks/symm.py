@@ -1,11 +1,12 @@
-"""moe-symm between the GPUs of one host: every bit of it, a rank that does not come, and its time.
+"""moe-symm between the GPUs of one host: every bit of it, ranks that do not come, and what a pair takes.
 
-    torchrun --standalone --nproc-per-node 4 -m benchmarks.symm [--json symm.json]
+    torchrun --standalone --nproc-per-node 4 -m benchmarks.symm [--against nixl_ep] [--json symm.json]
 
 Nothing is timed before it is right: each check counts the elements whose bits differ from a reference in plain torch,
 on every rank, and all timed graphs are compared too. Every phase has a time limit.
 
-Shape letters: T tokens on this rank · M the largest T · H hidden · E experts · K top-k · W ranks.
+Shape letters: T tokens on this rank · M the largest T · H hidden · E experts · E_l local experts · C row capacity ·
+K top-k · W ranks · R = W · M.
 """
 
 from __future__ import annotations
@@ -26,38 +27,40 @@ import attrs
 import torch
 import torch.distributed as dist
 
-from moe_core.config import MoEConfig, MoEParallelConfig
+from benchmarks.symm_reference import Reference, Shape, capture
 from moe_core.errors import CollectiveError
-from moe_core.expert_map import ExpertMapManager
 from moe_core.group import TorchGroup
-from moe_core.timing import capture, event_us
-from moe_core.types import MODEL_DTYPE_PAYLOAD, Dispatched, ExpertPlacement, Routing
-from moe_symm.peers import connect
-from moe_symm.prepare_finalize import SymmPrepareAndFinalize, make
+from moe_core.quant import ScaleFormat
+from moe_core.types import ExpertPlacement
+from moe_symm.layout import Form
 
-TOKENS = (1, 8, 64, 128)
-PAIRS = 10
-LIMIT_S = 40
+LIMIT_S = 60
 CYCLES = 400_000  # of the longest delay of a rank: about 0.2 ms
+LATE_S = 2.0
 
-
-@attrs.frozen
-class Shape:
-    """A layer: what `MoEConfig` wants to know."""
-
-    hidden: int
-    experts: int = 256
-    top_k: int = 8
-    tokens: int = 128
-    dtype: torch.dtype = torch.bfloat16
-    placement: ExpertPlacement = ExpertPlacement.LINEAR
-
-
-LARGE, MEDIUM = Shape(7168), Shape(4096)
-ODD = (
+LARGE = Shape(7168)
+SHAPES = (
+    LARGE,
+    attrs.evolve(LARGE, scales=ScaleFormat.FP32),
+    attrs.evolve(LARGE, scales=ScaleFormat.UE8M0, tokens=64),
+    attrs.evolve(LARGE, form=Form.BATCHED),
+    attrs.evolve(LARGE, form=Form.BATCHED, scales=ScaleFormat.FP32),
+    attrs.evolve(LARGE, form=Form.EXACT),
+    Shape(4096),
     Shape(2056, experts=10, top_k=5, tokens=33, dtype=torch.float16),
+    Shape(2056, experts=10, top_k=5, tokens=33, dtype=torch.float16, form=Form.BATCHED, scales=ScaleFormat.UE8M0),
     Shape(77, experts=9, top_k=3, tokens=7, dtype=torch.float32, placement=ExpertPlacement.ROUND_ROBIN),
+    Shape(
+        77, experts=9, top_k=3, tokens=7, dtype=torch.float32, placement=ExpertPlacement.ROUND_ROBIN, form=Form.EXACT
+    ),
+    Shape(512, experts=64, top_k=16, tokens=640, form=Form.BATCHED),  # more ids than a program looks at together
+    Shape(2052, experts=64, top_k=6, tokens=1100),  # rows that are fetched
 )
+LATE = {
+    "dispatch": Shape(256, experts=9, top_k=3, tokens=5),
+    "combine": Shape(256, experts=9, top_k=3, tokens=6, form=Form.BATCHED),
+}
+"""Stage that a rank is late for → a shape of its own, so that the buffer is too, with a time limit of its own."""
 
 
 def say(text: str) -> None:
@@ -75,227 +78,149 @@ def phase(name: str) -> Iterator[None]:
     say(f"-- {name}: {time.monotonic() - began:.1f} s")
 
 
-class Bench:
-    """One shape over all ranks: every rank knows every rank's tokens and experts' rows, since it can draw them."""
-
-    def __init__(self, group: TorchGroup, shape: Shape) -> None:
-        self.group, self.shape, self.rank, self.size = group, shape, group.rank, group.size
-        config = MoEConfig(
-            num_experts=shape.experts,
-            top_k=shape.top_k,
-            hidden_size=shape.hidden,
-            intermediate_size=64,
-            max_tokens_per_rank=shape.tokens,
-            dtype=shape.dtype,
-        )
-        parallel = MoEParallelConfig.fold(dp_size=group.size, dp_rank=group.rank, expert_parallel=True)
-        self.backend: SymmPrepareAndFinalize = make(config, parallel, group, shape.placement, connect=connect)
-        self.generator = torch.Generator("cuda").manual_seed(7)
-        self.owner = torch.zeros(shape.experts, dtype=torch.int32, device="cuda")
-        for rank in range(group.size):
-            held = ExpertMapManager(shape.experts, group.size, rank, shape.placement).local_experts
-            self.owner[held.start : held.stop : held.step] = rank
-        self.local = ExpertMapManager(shape.experts, group.size, group.rank, shape.placement).expert_map("cuda")
-        rows = group.size * shape.tokens
-        self.x = self._draw(group.size, shape.tokens, shape.hidden)
-        self.y = self._draw(group.size, rows, shape.hidden)
-
-    def _draw(self, *extents: int) -> torch.Tensor:
-        return torch.randn(*extents, generator=self.generator, device="cuda").to(self.shape.dtype)
-
-    def routing(self, dropped: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
-        """All ranks' ids int32 `[W, M, K]`, some of them -1, and weights `[W, M, K]`."""
-        shape = self.shape
-        scores = torch.rand(self.size, shape.tokens, shape.experts, generator=self.generator, device="cuda")
-        weights, ids = scores.topk(shape.top_k, dim=-1)
-        gone = torch.rand(ids.shape, generator=self.generator, device="cuda") < dropped
-        return ids.masked_fill(gone, -1).to(torch.int32), weights
-
-    def prepare(self, ids: torch.Tensor, weights: torch.Tensor, tokens: int) -> tuple[Dispatched, Routing]:
-        routing = Routing(ids[self.rank, :tokens], weights[self.rank, :tokens])
-        arguments: dict[str, Any] = {"num_experts": self.shape.experts, "expert_map": None}
-        return self.backend.prepare(
-            self.x[self.rank, :tokens], routing, payload=MODEL_DTYPE_PAYLOAD, **arguments
-        ), routing
-
-    def new_out(self, tokens: int) -> torch.Tensor:
-        return torch.full((tokens, self.shape.hidden), torch.nan, dtype=self.shape.dtype, device="cuda")
-
-    def wrong_arrivals(
-        self,
-        x: torch.Tensor,
-        got: torch.Tensor,
-        told: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        sizes: list[int],
-    ) -> torch.Tensor:
-        """How many elements of what `prepare` gave (`x`, ids, weights) are not what was sent here; on the device."""
-        shape = self.shape
-        there = torch.arange(shape.tokens, device="cuda") < torch.tensor(sizes, device="cuda")[:, None]
-        wanted = torch.where(ids >= 0, self.local[ids.clamp(min=0).long()], -1).masked_fill(~there[..., None], -1)
-        here = wanted >= 0
-        by_source = (self.size, shape.tokens, -1)
-        wrong = (got.view(by_source) != wanted).sum()
-        wrong += ((told.view(by_source) != weights) & here).sum()
-        return wrong + ((x.reshape(by_source) != self.x) & here.any(-1, keepdim=True)).sum()
-
-    def expected(self, ids: torch.Tensor, tokens: int) -> torch.Tensor:
-        """The sum over ranks, in their order, in fp32."""
-        own = ids[self.rank, :tokens]
-        owner = torch.where(own >= 0, self.owner[own.clamp(min=0).long()], -1)
-        total = torch.zeros(tokens, self.shape.hidden, device="cuda")
-        for rank in range(self.size):
-            first = self.rank * self.shape.tokens
-            rows = self.y[rank, first : first + tokens].float()
-            total = torch.where((owner == rank).any(1, keepdim=True), total + rows, total)
-        return total.to(self.shape.dtype)
-
-
 def delay(choose: random.Random) -> None:
     torch.cuda._sleep(choose.randrange(1, CYCLES))
 
 
-def check(bench: Bench, routings: int) -> tuple[int, int]:
-    """Random routings, equal, unequal and zero counts, one step or two in flight, ranks that are late.
+def check(bench: Reference, routings: int) -> tuple[int, int]:
+    """Random routings, equal, unequal and zero counts, one step or two in flight, whole and in halves, late ranks.
 
-    Returns: (elements compared on this rank that are wrong, steps).
+    Returns: (elements compared on all ranks that are wrong, steps).
     """
     together, alone = random.Random(3), random.Random(bench.rank)
     wrong, steps, most = torch.zeros((), dtype=torch.int64, device="cuda"), 0, bench.shape.tokens
     for number in range(routings):
         kinds = ([most] * bench.size, [1] * bench.size, [together.randint(0, most) for _ in range(bench.size)])
         sizes = [*kinds, [most * (rank == number % bench.size) for rank in range(bench.size)]][number % 4]
-        flights, tokens = [], sizes[bench.rank]
+        flights, split = [], together.random() < 0.5
         for _ in range(1 + number % 2):
-            ids, weights = bench.routing(dropped=(0.1, 0.9, 1.0, 0.0)[number // 4 % 4])
-            given = ids.long() if number % 3 == 0 else ids
+            batch = bench.batch(sizes, dropped=(0.1, 0.9, 1.0, 0.0)[number // 4 % 4])
+            if number % 3 == 0:
+                batch = attrs.evolve(batch, ids=batch.ids.long())
             if number % 5:
                 delay(alone)
-            flights.append((*bench.prepare(given, weights, tokens), ids, weights))
-        for dispatched, routing, ids, weights in reversed(flights):
-            assert dispatched.topk_ids is not None
-            assert dispatched.topk_weights is not None
-            wrong += bench.wrong_arrivals(
-                dispatched.x, dispatched.topk_ids, dispatched.topk_weights, ids, weights, sizes
-            )
+            flights.append((batch, bench.prepare_start(batch) if split else bench.prepare(batch)))
+        for batch, flight in reversed(flights):
+            dispatched = flight() if split else flight
+            wrong += bench.wrong_arrivals(batch, dispatched)
             if number % 7:
                 delay(alone)
-            out = bench.new_out(tokens)
-            bench.backend.finalize(bench.y[bench.rank], dispatched.handle, routing, out)
-            wrong += (out != bench.expected(ids, tokens)).sum()
+            out = bench.finalize(batch, dispatched, poisoned=True, split=split)
+            wrong += bench.wrong_sums(batch, out)
             steps += 1
     bench.backend.check()
     return int(bench.group.all_reduce(wrong)), steps
 
 
-def check_graph(bench: Bench, replays: int) -> int:
+def check_graph(bench: Reference, replays: int) -> int:
     """One graph of two steps, replayed with other routings under random delays; elements that are wrong."""
-    alone, most = random.Random(bench.rank), bench.shape.tokens
-    ids, weights = bench.routing()
-    static = (ids.clone(), weights.clone())
-    kept: list[tuple[torch.Tensor, ...]] = []
-    out = bench.new_out(most)
+    alone, sizes = random.Random(bench.rank), [bench.shape.tokens] * bench.size
+    static = bench.batch(sizes)
+    kept: list[Any] = []
 
     def step() -> None:
-        dispatched, routing = bench.prepare(*static, most)
-        assert dispatched.topk_ids is not None
-        assert dispatched.topk_weights is not None
-        kept.append((dispatched.x.clone(), dispatched.topk_ids.clone(), dispatched.topk_weights.clone()))
-        bench.backend.finalize(bench.y[bench.rank], dispatched.handle, routing, out)
+        dispatched = bench.prepare(static)
+        copies = {
+            name: value.clone() for name, value in attrs.asdict(dispatched).items() if isinstance(value, torch.Tensor)
+        }
+        kept.append((attrs.evolve(dispatched, **copies), bench.finalize(static, dispatched)))
 
     bench.group.barrier()
     graph = capture([step, step])
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
-    for _ in range(replays):
-        ids, weights = bench.routing()
-        static[0].copy_(ids)
-        static[1].copy_(weights)
+    for number in range(replays):
+        batch = bench.batch(sizes)
+        static.ids.copy_(batch.ids)
+        static.weights.copy_(batch.weights)
         delay(alone)
         graph.replay()
-        for x, got, told in kept[-2:]:
-            wrong += bench.wrong_arrivals(x, got, told, ids, weights, [most] * bench.size)
-        wrong += (out != bench.expected(ids, most)).sum()
+        for dispatched, out in kept[-1 - (number % 10 == 0) :]:
+            wrong += bench.wrong_arrivals(static, dispatched)
+            wrong += bench.wrong_sums(static, out)
     bench.backend.check()
     return int(bench.group.all_reduce(wrong))
 
 
-def pair_us(bench: Bench, tokens: int) -> float:
-    """Dispatch and combine in a graph of `PAIRS`, slowest rank; infinity if its output is wrong."""
-    ids, weights = bench.routing(dropped=0.0)
-    out = bench.new_out(tokens)
-
-    def pair() -> None:
-        dispatched, routing = bench.prepare(ids, weights, tokens)
-        bench.backend.finalize(bench.y[bench.rank], dispatched.handle, routing, out)
-
-    bench.group.barrier()
-    graph = capture([pair] * PAIRS)
-    best = float("inf")
-    for _ in range(3):
-        bench.group.barrier()
-        best = min(best, event_us(graph.replay, repeats=10) / PAIRS)
-    if not torch.equal(out, bench.expected(ids, tokens)):
-        best = float("inf")
-    told = torch.tensor([best], device="cuda")
-    dist.all_reduce(told, op=dist.ReduceOp.MAX)
-    return told.item()
-
-
-def late_rank(shape: Shape) -> list[str]:
-    """The last rank does not come for a while: what every rank's error says. The shape is one of its own, so that the
-    buffer is too, with a time limit of its own."""
-    bench = Bench(TorchGroup(timeout_s=2.0), shape)
-    ids, weights = bench.routing()
+def late_rank(shape: Shape, stage: str) -> dict[str, Any]:
+    """The last rank does not come for a while: what every rank's error says, after how long, and whether all is right
+    after a reset."""
+    bench = Reference(TorchGroup(timeout_s=LATE_S), shape)
+    batch = bench.batch([shape.tokens] * bench.size)
+    late = bench.rank == bench.size - 1
+    bench.finalize(batch, bench.prepare(batch))
     torch.cuda.synchronize()
     bench.group.barrier()
     torch.cuda.synchronize()
-    said = ""
+    said, poisoned, began = "", False, time.monotonic()
     try:
-        if bench.rank == bench.size - 1:
-            time.sleep(4.0)
-        dispatched, routing = bench.prepare(ids, weights, shape.tokens)
-        out = bench.new_out(shape.tokens)
-        bench.backend.finalize(bench.y[bench.rank], dispatched.handle, routing, out)
+        if late and stage == "dispatch":
+            time.sleep(2 * LATE_S)
+        dispatched = bench.prepare(batch)
+        if late and stage == "combine":
+            torch.cuda.synchronize()
+            time.sleep(2 * LATE_S)
+        out = bench.finalize(batch, dispatched)
         torch.cuda.synchronize()
+        poisoned = bool(out.isnan().all())
         bench.backend.check()
     except CollectiveError as error:
         said = str(error)
+    seconds = time.monotonic() - began
+    bench.backend.reset()
+    wrong, _ = check(bench, 20)
     every: list[Any] = [None] * bench.size
-    dist.all_gather_object(every, said)
-    return every
+    dist.all_gather_object(every, {"said": said, "all NaN": poisoned, "after s": round(seconds, 1)})
+    return {"stage": stage, "ranks": every, "wrong after the reset": wrong}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--routings", type=int, default=200, help="of each check (default: 200)")
-    parser.add_argument("--json", help="write what was found here")
+    parser.add_argument("--routings", type=int, default=100, help="of each check (default: 100)")
+    parser.add_argument("--replays", type=int, default=200, help="of each graph (default: 200)")
+    parser.add_argument("--soak", type=int, default=0, help="routings, and ten times as many replays")
+    parser.add_argument("--against", choices=["nixl_ep"], help="time this dispatch in the same run")
+    parser.add_argument("--only", choices=["checks", "times", "late"], nargs="*", help="leave out the rest")
+    parser.add_argument("--json", type=Path, help="write what was found here")
     options = parser.parse_args()
+    parts = options.only or ["checks", "times", "late"]
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device = torch.device("cuda", torch.cuda.current_device())
     dist.init_process_group("nccl", timeout=timedelta(seconds=LIMIT_S), device_id=device)
     group = TorchGroup(timeout_s=LIMIT_S / 2)
-    found: dict[str, Any] = {"ranks": group.size, "wrong": 0, "pairs": []}
+    found: dict[str, Any] = {"ranks": group.size, "wrong": 0, "pairs": [], "late": []}
     say(f"{group.size} × {torch.cuda.get_device_name()}, torch {torch.__version__}")
-    benches = {}
-    for shape in (LARGE, MEDIUM, *ODD):
-        with phase(f"H = {shape.hidden}, E = {shape.experts}, K = {shape.top_k}, M = {shape.tokens}, {shape.dtype}"):
-            bench = benches[shape] = Bench(group, shape)
+    for shape in SHAPES if "checks" in parts else ():
+        with phase(str(shape)):
+            bench = Reference(group, shape)
+            bench.poison()
             wrong, steps = check(bench, options.routings)
-            in_graphs = check_graph(bench, options.routings)
-            say(f"{bench.backend.layout.total_bytes / 1e6:.1f} MB; {steps} steps: {wrong} wrong; replays: {in_graphs}")
+            in_graphs = check_graph(bench, options.replays)
+            size = bench.backend.layout.total_bytes / 1e6
+            say(f"{size:.1f} MB; {steps} steps: {wrong} wrong; {options.replays} replays: {in_graphs} wrong")
             found["wrong"] += wrong + in_graphs
-    if not found["wrong"]:
-        for shape in (LARGE, MEDIUM):
-            with phase(f"pairs, H = {shape.hidden}"):
-                times = {tokens: pair_us(benches[shape], tokens) for tokens in TOKENS}
-                found["pairs"].append({"hidden": shape.hidden, "us": times})
-                say(f"H = {shape.hidden}: " + ", ".join(f"T = {t} {us:.1f} us" for t, us in times.items()))
-        with phase("a rank that does not come"):
-            found["late"] = late_rank(attrs.evolve(ODD[1], tokens=5))
-            say("\n".join(found["late"]))
+    for form, times in ((Form.STANDARD, 10), (Form.BATCHED, 1)) if options.soak else ():
+        with phase(f"soak, {form.value}"):
+            bench = Reference(group, attrs.evolve(LARGE, form=form))
+            wrong, steps = check(bench, options.soak)
+            in_graphs = check_graph(bench, times * options.soak)
+            say(f"{steps} steps: {wrong} wrong; {times * options.soak} replays: {in_graphs} wrong")
+            found["wrong"] += wrong + in_graphs
+    if "times" in parts and not found["wrong"]:
+        from benchmarks import symm_times
+
+        with phase("bits of the exact form and of NIXL EP"):
+            unlike = symm_times.unlike_nixl_ep(group) if options.against else 0
+            say(f"elements that differ: {unlike}")
+            found["wrong"] += unlike
+        with phase("pairs"):
+            found["pairs"] = symm_times.pairs(group, options.against, say)
+    for stage, shape in LATE.items() if "late" in parts else ():
+        with phase(f"a rank that does not come to a {stage}"):
+            found["late"].append(late_rank(shape, stage))
+            say(str(found["late"][-1]))
+            found["wrong"] += found["late"][-1]["wrong after the reset"]
     if options.json and group.rank == 0:
-        Path(options.json).write_text(json.dumps(found, indent=1))
+        options.json.write_text(json.dumps(found, indent=1))
     dist.barrier()
     dist.destroy_process_group()
     if found["wrong"]:

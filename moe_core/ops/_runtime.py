@@ -27,6 +27,10 @@ class KernelLaunch:
         self._tail = tuple(known[name] for name in kernel.arg_names if name in known)
         self._compiled: dict[Hashable, Any] = {}
 
+    def compile(self, key: Hashable, *args: Any) -> None:
+        """What a call with this key and such arguments will launch; nothing runs."""
+        self._compiled[key] = self._kernel.warmup(*args, grid=(1,), **self._constants, **self._options)
+
     def __call__(self, grid: tuple[int, int, int], key: Hashable, *args: Any) -> None:
         """Launches on the current stream; `key` None asks for Triton's own, slower path."""
         compiled = self._compiled.get(key)

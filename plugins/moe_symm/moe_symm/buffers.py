@@ -1,10 +1,12 @@
 """The symmetric memory of a rank: made once for all layers of one shape, shared, its lanes handed out.
 
-Shape letters: T tokens on this rank · M the largest T · H hidden · P pitch of a row · K top-k · W ranks.
+Shape letters: T tokens on this rank · M the largest T · H hidden · G groups of columns · E_l local experts ·
+C = W · M row capacity · K top-k · W ranks.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -14,26 +16,90 @@ import torch
 from moe_core.errors import MoEError
 from moe_core.interfaces import Group
 from moe_core.pool import Lease, SharedPool
-from moe_symm.layout import LANES, Layout, Shares
+from moe_core.quant import ScaleFormat
+from moe_symm.layout import LANES, Form, Layout, Shares
+
+
+@attrs.frozen
+class Layer:
+    """What the kernels of a layer know of it, beside the layout of the memory.
+
+    Attributes:
+        shares: which rank holds which experts.
+        dtype: the model's.
+        scales: how rows are quantized where the payload is; None: it never is.
+    """
+
+    shares: Shares
+    dtype: torch.dtype
+    scales: ScaleFormat | None = None
 
 
 class Connection(Protocol):
-    """One rank's end of the connected memories: kernels on a GPU, or the emulation."""
+    """One rank's end of the connected memories: kernels on a GPU, or the emulation.
+
+    All tensors that go in and out are contiguous. A step is `dispatch`, `arrive` or `expand` if nobody has waited yet,
+    and `combine`, as a whole or in its halves.
+    """
 
     def area(self, lane: int, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        """One area of a lane of this rank's own memory, contiguous; `clear` has set it."""
+        """One area of a lane of this rank's own memory, from its start; `clear` has set it."""
 
-    def compile(self, shares: Shares, dtype: torch.dtype) -> None:
+    def compile(self, layer: Layer) -> None:
         """Collective: make ready, on every rank, whatever a step of such a layer will launch."""
 
-    def dispatch(self, lane: int, shares: Shares, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """Send, and wait: `[T, H]`, `[T, K]`, `[T, K]` float32, contiguous."""
+    def dispatch(
+        self,
+        lane: int,
+        layer: Layer,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        *,
+        quantize: bool,
+        wait: bool,
+    ) -> None:
+        """Send `[T, H]`, `[T, K]` and `[T, K]` float32; `wait`: for the other ranks' too (standard form only)."""
 
-    def combine(self, lane: int, shares: Shares, y: torch.Tensor, ids: torch.Tensor, out: torch.Tensor) -> None:
-        """Send `y` `[W · M, H]` home, wait, and write the sums into `out` `[T, H]`; all contiguous."""
+    def arrive(self, lane: int, layer: Layer) -> None:
+        """Wait for the other ranks' tokens."""
+
+    def expand(
+        self,
+        lane: int,
+        layer: Layer,
+        tokens: int,
+        x: torch.Tensor,
+        x_scale: torch.Tensor | None,
+        tokens_per_expert: torch.Tensor,
+    ) -> None:
+        """Wait for them, and write `[E_l, C, H]`, its scales `[E_l, C, G]` where rows are quantized, and `[E_l]`.
+
+        `tokens` is this rank's T, by which it is guessed how many rows have come.
+        """
+
+    def combine(
+        self,
+        lane: int,
+        layer: Layer,
+        y: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        send: bool = True,
+        collect: bool = True,
+    ) -> None:
+        """`send` the experts' rows home; `collect`: wait, and write the sums into `out` `[T, H]`.
+
+        `y` is `[W · M, H]` in the standard form, else `[E_l, C, H]`; ids and weights are those of the dispatch.
+        """
 
     def fault(self) -> int:
         """What `layout.fault_code` makes, or 0. Asks nothing of the device: it may lag behind."""
+
+    def reset(self) -> None:
+        """Collective: the state before the first step. No rank is in a step when it calls this."""
 
     def close(self) -> None: ...
 
@@ -49,14 +115,22 @@ class Lane:
     Attributes:
         index: its number.
         x: `[W · M, H]`, a view on rows of pitch P.
+        quantized: float8_e4m3fn `[W · M, H]`, the same memory for quantized rows.
+        scales: float32 `[W · M, G]`.
         ids: int32 `[W · M, K]`.
         weights: float32 `[W · M, K]`.
+        places: int32 `[W · M, K]`, or `[0, K]` in the standard form.
+        y: `[W · M, H]`, a view of `sums` where the experts write, in a layout for many tokens; else None.
     """
 
     index: int
     x: torch.Tensor
+    quantized: torch.Tensor
+    scales: torch.Tensor
     ids: torch.Tensor
     weights: torch.Tensor
+    places: torch.Tensor
+    y: torch.Tensor | None
 
 
 @attrs.define(eq=False)
@@ -65,11 +139,15 @@ class SharedBuffer:
 
     Attributes:
         connection: to the other ranks.
+        lanes: all of them.
         free: lanes that nobody uses, rising. All ranks take the first, and so the same, as they make the same calls.
+        resets: how often the memory has been reset: what was in flight before has no lane any more.
     """
 
     connection: Connection
+    lanes: tuple[Lane, ...]
     free: list[Lane]
+    resets: int = 0
 
     def take(self) -> Lane:
         if not self.free:
@@ -83,6 +161,12 @@ class SharedBuffer:
         self.free.append(lane)
         self.free.sort(key=lambda each: each.index)
 
+    def reset(self) -> None:
+        """Collective."""
+        self.connection.reset()
+        self.free = list(self.lanes)
+        self.resets += 1
+
 
 POOL: SharedPool[SharedBuffer] = SharedPool(lambda buffer: buffer.connection.close())
 
@@ -95,18 +179,23 @@ def lease_buffer(
 
     def make() -> SharedBuffer:
         connection = connect(group, layout, timeout_s)
-        return SharedBuffer(connection, [_lane(connection, layout, dtype, lane) for lane in range(LANES)])
+        lanes = tuple(_lane(connection, layout, dtype, lane) for lane in range(LANES))
+        return SharedBuffer(connection, lanes, list(lanes))
 
     return POOL.lease(owner, (connect, layout, dtype), make)
 
 
 def _lane(connection: Connection, layout: Layout, dtype: torch.dtype, lane: int) -> Lane:
-    rows, top_k = layout.rows, layout.top_k
+    area, rows, top_k = functools.partial(connection.area, lane), layout.rows, layout.top_k
     return Lane(
         index=lane,
-        x=connection.area(lane, "rows", dtype, rows, layout.pitch)[:, : layout.hidden],
-        ids=connection.area(lane, "ids", torch.int32, rows, top_k),
-        weights=connection.area(lane, "weights", torch.float32, rows, top_k),
+        x=area("rows", dtype, rows, layout.pitch)[:, : layout.hidden],
+        quantized=area("rows", torch.float8_e4m3fn, rows, layout.quantized_pitch)[:, : layout.hidden],
+        scales=area("scales", torch.float32, rows, layout.scale_pitch)[:, : layout.groups],
+        ids=area("ids", torch.int32, rows, top_k),
+        weights=area("weights", torch.float32, rows, top_k),
+        places=area("places", torch.int32, 0 if layout.form is Form.STANDARD else rows, top_k),
+        y=area("sums", dtype, rows, layout.pitch)[:, : layout.hidden] if layout.bulk else None,
     )
 
 

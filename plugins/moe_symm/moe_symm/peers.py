@@ -19,65 +19,9 @@ import torch.distributed._symmetric_memory as symmetric_memory
 from moe_core.agreement import check_agreement
 from moe_core.errors import MoEError
 from moe_core.interfaces import Group
-from moe_core.ops import KernelLaunch
-from moe_symm.buffers import clear
-from moe_symm.kernels import pair
-from moe_symm.layout import (
-    COMBINE,
-    DISPATCH,
-    LANES,
-    UNITS,
-    Layout,
-    Shares,
-    combine_programs,
-    dispatch_programs,
-)
-
-_ID_DTYPES = (torch.int32, torch.int64)
-_MOST_COLUMNS = 8192
-"""Columns of a row that a program holds at once: 16 a thread."""
-
-
-def block_columns(hidden: int) -> int:
-    return min(1 << (hidden - 1).bit_length(), _MOST_COLUMNS)
-
-
-def warps(hidden: int) -> int:
-    """16 columns a thread, from 4 to 16 warps."""
-    return max(4, min(16, block_columns(hidden) // 512))
-
-
-def constants(layout: Layout, shares: Shares) -> dict[str, dict[str, Any]]:
-    """Kernel → its compile-time arguments; the same on every rank and for every lane."""
-    both = {
-        "W": layout.ranks,
-        "WP": 1 << (layout.ranks - 1).bit_length(),
-        "M": layout.max_tokens,
-        "H": layout.hidden,
-        "P": layout.pitch,
-        "K": layout.top_k,
-        "KP": 1 << (layout.top_k - 1).bit_length(),
-        "SHARE": shares.share,
-        "MORE": shares.more,
-        "LINEAR": shares.linear,
-        "UNITS": UNITS,
-        "BLOCK": block_columns(layout.hidden),
-    }
-    of = {name.upper(): offset for name, offset in layout.offsets.items()}
-    areas = {
-        "dispatch": ("DISPATCHED", "COUNTS", "EPOCHS", "FAULT", "IDS", "WEIGHTS", "ROWS"),
-        "combine": ("COMBINED", "COUNTS", "EPOCHS", "FAULT", "IDS", "SUMS"),
-    }
-    stages = {"dispatch": DISPATCH, "combine": COMBINE}
-    return {name: both | {"STAGE": stages[name]} | {area: of[area] for area in areas[name]} for name in areas}
-
-
-@attrs.frozen(eq=False)
-class _Launches:
-    """The kernels of one layer shape."""
-
-    dispatch: KernelLaunch
-    combine: KernelLaunch
+from moe_symm.buffers import Layer, clear
+from moe_symm.launches import Kernels, combine_grid, dispatch_programs, expand_programs
+from moe_symm.layout import LANES, Layout
 
 
 class PeerMemory:
@@ -104,7 +48,7 @@ class PeerMemory:
         # The kernels write here themselves, in a fault only: no copy on the step, and no sync to read it.
         self._status = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self._seen = ctypes.c_int32.from_address(self._status.data_ptr())
-        self._launches: dict[Shares, _Launches] = {}
+        self._kernels: dict[Layer, Kernels] = {}
         torch.cuda.synchronize(device)
         group.barrier()  # nobody writes into memory that is not cleared yet
 
@@ -112,40 +56,72 @@ class PeerMemory:
         begin = lane * self._layout.lane_bytes + self._layout.offsets[name]
         return self.memory[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
-    def compile(self, shares: Shares, dtype: torch.dtype) -> None:
+    def compile(self, layer: Layer) -> None:
         """Every kernel on every rank before any of them runs: one that compiles late looks like one that is gone."""
-        if shares not in self._launches:
-            fixed, count = constants(self._layout, shares), warps(self._layout.hidden)
-            for id_dtype in _ID_DTYPES:
-                self._warm_up(fixed, count, id_dtype, dtype)
-            self._launches[shares] = _Launches(
-                dispatch=KernelLaunch(pair.dispatch, fixed["dispatch"], warps=count, stages=1),
-                combine=KernelLaunch(pair.combine, fixed["combine"], warps=count, stages=1),
-            )
+        if layer not in self._kernels:
+            self._kernels[layer] = Kernels(self._layout, layer, self._rank, self.memory.device)
         self._group.barrier()
 
-    def _warm_up(self, fixed: dict[str, dict[str, Any]], count: int, id_dtype: torch.dtype, dtype: torch.dtype) -> None:
-        layout, device = self._layout, self.memory.device
-        x = torch.empty(1, layout.hidden, dtype=dtype, device=device)
-        ids = torch.empty(1, layout.top_k, dtype=id_dtype, device=device)
-        weights = torch.empty(1, layout.top_k, device=device)
-        tail, options = self._tail(0, 1), {"num_warps": count, "num_stages": 1, "grid": (1,)}
-        pair.dispatch.warmup(x, ids, weights, *tail, **fixed["dispatch"], **options)
-        pair.combine.warmup(x, ids, x, *tail, **fixed["combine"], **options)
-
-    def dispatch(self, lane: int, shares: Shares, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    def dispatch(
+        self,
+        lane: int,
+        layer: Layer,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        *,
+        quantize: bool,
+        wait: bool,
+    ) -> None:
         tokens = x.shape[0]
-        launch = self._launches[shares].dispatch
+        launch = self._kernels[layer].dispatch[quantize, wait]
         launch((dispatch_programs(tokens), 1, 1), ids.dtype, x, ids, weights, *self._tail(lane, tokens))
 
-    def combine(self, lane: int, shares: Shares, y: torch.Tensor, ids: torch.Tensor, out: torch.Tensor) -> None:
-        launch = self._launches[shares].combine
-        grid = (combine_programs(self._layout.max_tokens), 1, 1)
-        launch(grid, ids.dtype, y, ids, out, *self._tail(lane, out.shape[0]))
+    def arrive(self, lane: int, layer: Layer) -> None:
+        launch = self._kernels[layer].arrive
+        assert launch is not None, "of the standard form only"
+        launch((1, 1, 1), 0, *self._tail(lane))
 
-    def _tail(self, lane: int, tokens: int) -> tuple[Any, ...]:
-        status = self._status.data_ptr()
-        return self._peers[lane], self._bases[lane], status, tokens, self._rank, self._limit_ms
+    def expand(
+        self,
+        lane: int,
+        layer: Layer,
+        tokens: int,
+        x: torch.Tensor,
+        x_scale: torch.Tensor | None,
+        tokens_per_expert: torch.Tensor,
+    ) -> None:
+        quantized = x_scale is not None
+        launch, rows = self._kernels[layer].expand[quantized], x.view(torch.uint8) if quantized else x
+        launch((expand_programs(tokens), 1, 1), 0, rows, x_scale, tokens_per_expert, *self._tail(lane))
+
+    def combine(
+        self,
+        lane: int,
+        layer: Layer,
+        y: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        send: bool = True,
+        collect: bool = True,
+    ) -> None:
+        launch = self._kernels[layer].combine[send, collect]
+        grid = (combine_grid(self._layout)[0], 1, 1)
+        launch(grid, ids.dtype, y, ids, weights, out, *self._tail(lane, out.shape[0]))
+
+    def _tail(self, lane: int, *tokens: int) -> tuple[Any, ...]:
+        return self._peers[lane], self._bases[lane], self._status.data_ptr(), *tokens, self._rank, self._limit_ms
+
+    def reset(self) -> None:
+        """All waits of this rank have ended, one way or another, before it clears; all have cleared before it ends."""
+        torch.cuda.synchronize(self.memory.device)
+        self._group.barrier()
+        clear(self.memory, self._layout)
+        self._status.zero_()
+        torch.cuda.synchronize(self.memory.device)
+        self._group.barrier()
 
     def fault(self) -> int:
         return self._seen.value

@@ -3,49 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import torch
-
-from moe_core import types
 from moe_core.hookspecs import hookimpl
-from moe_symm import limits
-from moe_symm.availability import probe, this_host
-from moe_symm.layout import LANES, MAX_RANKS
+from moe_symm.availability import probe
+from moe_symm.capabilities import BY_EXPERT, EXACT, SYMM
+from moe_symm.layout import Form
 
 moe_core_api = (1, 0)
 
-SYMM = types.DispatchCapabilities(
-    activation_format=types.ActivationFormat.STANDARD,
-    dtypes=frozenset({torch.bfloat16, torch.float16, torch.float32}),
-    device_types=frozenset({"cuda"}),
-    accepts_dropped_ids=True,
-    accepts_duplicate_ids=True,
-    placements=frozenset(types.ExpertPlacement),
-    min_ep_size=2,
-    max_ep_size=MAX_RANKS,
-    carries_tokens=True,
-    output_reduced=True,
-    max_in_flight=LANES,
-    overlap_safe=True,
-    graph_capturable=True,
-    deterministic=True,
-    max_topk=limits.MAX_TOPK,
-    max_tokens_per_rank=limits.MAX_TOKENS,
-    min_compute_capability=(9, 0),
-    refuse=lambda problem: limits.refuse(problem, this_host()),
-    footprint=limits.footprint,
-)
 
+def _make(form: Form, *arguments: Any) -> Any:
+    from moe_symm import peers, prepare_finalize  # noqa: PLC0415 - only when it is used
 
-def _make(config: Any, parallel: Any, scheme: Any, group: Any, placement: Any) -> Any:
-    from moe_symm.peers import connect  # noqa: PLC0415 - only when it is used
-    from moe_symm.prepare_finalize import make  # noqa: PLC0415
-
-    return make(config, parallel, group, placement, connect=connect)
+    return prepare_finalize.make(*arguments, connect=peers.connect, form=form)
 
 
 @hookimpl
 def moe_core_register_prepare_finalize(register: Callable[..., None]) -> None:
-    # Below `nixl_ep` and `all_gather`: to be asked for by name, until whole layers have run with it on GPUs.
-    register("symm", _make, SYMM, probe, priority=-6)
+    # Above `nixl_ep`: on 4 H200 whole layers were faster in all but one case, up to 128 tokens a rank; of buffers for
+    # many more nothing was measured with experts.
+    register("symm", partial(_make, Form.STANDARD), SYMM, probe, priority=((0, 30), (512, -6)))
+    register("symm_batched", partial(_make, Form.BATCHED), BY_EXPERT, probe, priority=((0, 29), (512, -7)))
+    register("symm_exact", partial(_make, Form.EXACT), EXACT, probe, priority=-8)

@@ -4,18 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_core.interfaces import Candidate
+import pytest
+
 from moe_core.testing import PrepareFinalizeConformance
-from moe_symm import emulation
+from moe_symm import emulation, layout
+from moe_symm.layout import Form
 
 
 class TestSymm(PrepareFinalizeConformance):
     ranks = 2
 
     def backend(self) -> Any:
-        return Candidate(
-            name="symm_emulated",
-            plugin="moe-symm",
-            factory=emulation.make_emulated,
-            capabilities=emulation.capabilities(),
-        )
+        return emulation.candidate(Form.STANDARD)
+
+
+class TestSymmWithManyTokens(TestSymm):
+    @pytest.fixture(autouse=True)
+    def few_are_many(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(layout, "BULK_FROM", 1)
+
+
+class TestSymmBatched(PrepareFinalizeConformance):
+    ranks = 2
+
+    def backend(self) -> Any:
+        return emulation.candidate(Form.BATCHED)
+
+
+@pytest.mark.full  # but for the combine's sums, all is as in the batched form
+class TestSymmExact(PrepareFinalizeConformance):
+    ranks = 2
+
+    def backend(self) -> Any:
+        return emulation.candidate(Form.EXACT)

@@ -9,7 +9,7 @@ import pytest
 from moe_core.expert_map import ExpertMapManager
 from moe_core.types import ExpertPlacement
 from moe_symm import layout as arithmetic
-from moe_symm.layout import COMBINE, DISPATCH, LANES, UNITS, Layout, Shares
+from moe_symm.layout import COMBINE, DISPATCH, LANES, UNITS, Form, Layout, Shares
 
 
 @pytest.mark.parametrize("placement", ExpertPlacement)
@@ -19,6 +19,7 @@ def test_shares_are_the_placement(placement, experts, ranks):
     found = [shares.place(expert) for expert in range(experts)]
     for rank in range(ranks):
         held = ExpertMapManager(experts, ranks, rank, placement).local_experts
+        assert shares.held(rank) == len(held)
         assert [found[expert] for expert in held] == [(rank, local) for local in range(len(held))]
 
 
@@ -40,23 +41,34 @@ def test_all_programs_together_count_the_same(items, programs):
 
 
 def test_grids_can_count_and_run_at_once():
+    pytest.importorskip("triton")
+    from moe_symm import launches
+
     for tokens in (0, 1, 2, 3, 16, 17, 128, 256, 257, 8192):
-        for grid in (arithmetic.dispatch_programs(tokens), arithmetic.combine_programs(tokens)):
-            assert 1 <= grid <= 128 <= UNITS  # 128: all of them are resident on 132 multiprocessors
+        assert 1 <= launches.dispatch_programs(tokens) <= UNITS
+        programs, _, warps = launches.combine_grid(Layout(4, max(tokens, 1), 7168, 8, 2))
+        assert 1 <= programs <= UNITS
+        assert programs * warps <= 128 * 16  # all of them are resident on 132 multiprocessors
 
 
-@pytest.mark.parametrize("layout", [Layout(4, 128, 7168, 8, 2), Layout(3, 5, 13, 5, 4), Layout(8, 1, 1, 1, 2)])
-def test_areas_lie_apart_on_borders(layout):
+@pytest.mark.parametrize("form", Form)
+@pytest.mark.parametrize("sizes", [(4, 128, 7168, 8, 2), (3, 5, 13, 5, 4), (8, 1, 1, 1, 2)])
+def test_areas_lie_apart_on_borders(sizes, form):
+    layout = Layout(*sizes, form)
+    choices = 4 * layout.rows * layout.top_k
+    back = layout.max_tokens * layout.top_k if form is Form.EXACT else layout.rows
     sizes = {
         "dispatched": 4 * layout.ranks,
         "combined": 4 * layout.ranks,
         "counts": 8 * layout.ranks,
         "epochs": 8,
         "fault": 4,
-        "ids": 4 * layout.rows * layout.top_k,
-        "weights": 4 * layout.rows * layout.top_k,
+        "ids": choices,
+        "weights": choices,
         "rows": layout.rows * layout.pitch * layout.item,
-        "sums": layout.rows * layout.pitch * layout.item,
+        "scales": 4 * layout.rows * layout.scale_pitch,
+        "sums": back * layout.pitch * layout.item,
+        "places": 0 if form is Form.STANDARD else choices,
     }
     order = sorted(sizes, key=lambda name: layout.offsets[name])
     for name, following in itertools.pairwise([*order, "end"]):
@@ -64,11 +76,15 @@ def test_areas_lie_apart_on_borders(layout):
         assert layout.offsets[name] + sizes[name] <= layout.offsets[following]
     assert layout.pitch * layout.item % 16 == 0
     assert layout.pitch >= layout.hidden
+    assert layout.quantized_pitch % 16 == layout.scale_pitch * 4 % 16 == 0
+    assert layout.hidden <= layout.quantized_pitch <= layout.pitch * layout.item
+    assert layout.scale_pitch * 128 >= layout.hidden
     assert layout.total_bytes == LANES * layout.lane_bytes
 
 
-def test_the_promised_size():
-    assert Layout(4, 128, 7168, 8, 2).total_bytes < 40e6
+@pytest.mark.parametrize("form", [Form.STANDARD, Form.BATCHED])
+def test_the_promised_size(form):
+    assert Layout(4, 128, 7168, 8, 2, form).total_bytes < 40e6
 
 
 @pytest.mark.parametrize("stage", [DISPATCH, COMBINE])

@@ -11,10 +11,11 @@ import torch
 
 import moe_core
 from moe_core.config import MoEConfig, MoEParallelConfig, Problem
-from moe_core.quant import UNQUANTIZED
+from moe_core.quant import UNQUANTIZED, QuantScheme, QuantSpec
 from moe_core.types import MODEL_DTYPE_PAYLOAD, Device
 from moe_symm import availability, emulation, limits
 from moe_symm.availability import Host
+from moe_symm.layout import Form
 
 CONFIG = MoEConfig(
     num_experts=256, top_k=8, hidden_size=7168, intermediate_size=2048, max_tokens_per_rank=128, dtype=torch.bfloat16
@@ -22,10 +23,16 @@ CONFIG = MoEConfig(
 H200 = Device("cuda", (9, 0), "NVIDIA H200")
 
 
-def problem(ranks: int = 4, *, device: Device = H200, own_tokens: bool = True) -> Problem:
+GROUPS_OF_64, GROUPS_OF_128 = (QuantSpec("float8_e4m3fn", (1, columns), dynamic=True) for columns in (64, 128))
+FP8 = QuantScheme("fp8_block", activation=GROUPS_OF_128)
+
+
+def problem(
+    ranks: int = 4, *, device: Device = H200, own_tokens: bool = True, scheme: QuantScheme = UNQUANTIZED
+) -> Problem:
     sizes = {"dp_size": ranks} if own_tokens else {"tp_size": ranks}
     parallel = MoEParallelConfig.fold(**sizes, expert_parallel=True)
-    return Problem(config=CONFIG, parallel=parallel, scheme=UNQUANTIZED, device=device)
+    return Problem(config=CONFIG, parallel=parallel, scheme=scheme, device=device)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +43,8 @@ def problem(ranks: int = 4, *, device: Device = H200, own_tokens: bool = True) -
         (problem(8), Host(4), r"ep_size = 8, and this host has 4 GPUs: all ranks must be on one host"),
         (problem(own_tokens=False), Host(8), "all 4 ranks have the same tokens"),
         (problem(device=Device("cuda", (9, 4), "AMD Instinct MI300X")), Host(8), "runs on NVIDIA GPUs"),
+        (problem(scheme=FP8), Host(4), None),
+        (problem(scheme=attrs.evolve(FP8, activation=GROUPS_OF_64)), Host(4), "groups of 64"),
     ],
 )
 def test_what_is_refused_and_why(asked, host, reason):
@@ -75,19 +84,35 @@ def test_a_listing_imports_no_kernels_and_starts_no_cuda():
 
 
 def test_the_footprint_is_what_is_allocated():
-    found = limits.footprint(problem(), MODEL_DTYPE_PAYLOAD, 128)
+    found = limits.footprint_of(Form.STANDARD)(problem(), MODEL_DTYPE_PAYLOAD, 128)
     layout = limits.layout_of(problem())
     assert found.rows == 4 * 128
     assert found.buffer_bytes == layout.total_bytes
+    assert found.held_bytes == 0
     arriving = 3 * 128 * (1 - (192 / 256) ** 8)  # draws with replacement are nearly those without
     assert found.combine_wire_bytes == pytest.approx(arriving * 7168 * 2, rel=0.01)
     assert found.dispatch_wire_bytes == pytest.approx(arriving * (7168 * 2 + 8 * 8), rel=0.01)
 
 
-def test_a_layer_over_the_emulation_gives_one_rank_s_numbers():
+def test_the_footprint_of_experts_rows():
+    found = limits.footprint_of(Form.EXACT)(problem(), "fp8_block", 128)
+    assert found.rows == 4 * 128
+    assert found.held_bytes == 64 * (512 * (7168 + 56 * 4) + 4)
+    assert found.combine_wire_bytes == 3 * 128 * 8 // 4 * 7168 * 2
+
+
+@pytest.fixture
+def emulated():
+    moe_core.register_plugin(emulation)
+    yield
+    moe_core.unregister_plugin(emulation.__name__)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dispatch", ["symm_emulated", "symm_batched_emulated", "symm_exact_emulated"])
+def test_a_layer_over_the_emulation_gives_one_rank_s_numbers(dispatch):
     from moe_core.testing.virtual import run_on_ranks
 
-    moe_core.register_plugin(emulation)
     config = attrs.evolve(CONFIG, num_experts=8, top_k=3, hidden_size=24, intermediate_size=16, max_tokens_per_rank=6)
     config = attrs.evolve(config, dtype=torch.float32)
     weights = torch.Generator().manual_seed(0)
@@ -108,7 +133,7 @@ def test_a_layer_over_the_emulation_gives_one_rank_s_numbers():
 
     def work(group):
         parallel = MoEParallelConfig.fold(dp_size=3, dp_rank=group.rank, expert_parallel=True)
-        arguments = {"parallel": parallel, "group": group, "dispatch": "symm_emulated", "device": "cpu"}
+        arguments = {"parallel": parallel, "group": group, "dispatch": dispatch, "device": "cpu"}
         layer = load(moe_core.build_runner(config, **arguments))
         out = layer(inputs[group.rank], router_logits=logits[group.rank])
         layer.check()

@@ -2,30 +2,68 @@
 
 from __future__ import annotations
 
-import functools
 import random
 import time
 from typing import Any
 
+import attrs
 import pytest
 import torch
 
+from moe_core import formats
 from moe_core.config import MoEConfig, MoEParallelConfig
 from moe_core.errors import CapacityError, CollectiveError, MoEError
 from moe_core.expert_map import ExpertMapManager
+from moe_core.quant import UNQUANTIZED, QuantScheme, QuantSpec, ScaleFormat
 from moe_core.testing.virtual import VirtualGroup, run_on_ranks
 from moe_core.types import MODEL_DTYPE_PAYLOAD, Dispatched, ExpertPlacement, Routing
 from moe_symm import layout
-from moe_symm.emulation import EmulatedMemory, Program
+from moe_symm.emulation import EmulatedMemory, Program, weighted_sum
+from moe_symm.layout import Form
+from moe_symm.limits import FP8_PAYLOADS
 from moe_symm.prepare_finalize import SymmPrepareAndFinalize, make
 
 E, K, M, H = 7, 3, 4, 10
 
 
+@attrs.frozen(eq=False)
+class Batch:
+    """What all ranks send in a step: `[W, M, H]`, `[W, M, K]`, `[W, M, K]`, and how many tokens each has."""
+
+    x: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    sizes: list[int]
+
+
+def fp8(scales: ScaleFormat) -> QuantSpec:
+    return QuantSpec("float8_e4m3fn", (1, 128), scales, dynamic=True)
+
+
+SCHEMES = {scales: QuantScheme(name, activation=fp8(scales)) for name, scales in FP8_PAYLOADS.items()}
+
+
+@pytest.fixture(params=[*Form, "fetched"], ids=str)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Form:
+    """Each form, and the standard one as it is for many tokens."""
+    if request.param != "fetched":
+        return request.param
+    monkeypatch.setattr(layout, "BULK_FROM", 1)
+    return Form.STANDARD
+
+
 class Rank:
     """One rank with its backend; what all ranks draw is known to each."""
 
-    def __init__(self, group: VirtualGroup, memory: type[EmulatedMemory], seed: int, timeout_s: float = 20.0) -> None:
+    def __init__(
+        self,
+        group: VirtualGroup,
+        memory: type[EmulatedMemory],
+        seed: int,
+        form: Form = Form.STANDARD,
+        scales: ScaleFormat | None = None,
+        timeout_s: float = 20.0,
+    ) -> None:
         config = MoEConfig(
             num_experts=E,
             top_k=K,
@@ -35,87 +73,163 @@ class Rank:
             dtype=torch.float32,
         )
         parallel = MoEParallelConfig.fold(dp_size=group.size, dp_rank=group.rank, expert_parallel=True)
-        self.group, self.rank, self.size = group, group.rank, group.size
+        self.group, self.rank, self.size, self.form, self.scales = group, group.rank, group.size, form, scales
+        self.scheme = UNQUANTIZED if scales is None else SCHEMES[scales]
+        self.payload = MODEL_DTYPE_PAYLOAD if scales is None else self.scheme.name
 
         def connect(group: Any, layout: Any, _: float) -> EmulatedMemory:
             return memory(group, layout, timeout_s, seed=seed, jitter_s=0.001)
 
-        self.backend: SymmPrepareAndFinalize = make(config, parallel, group, ExpertPlacement.LINEAR, connect=connect)
+        arguments = (config, parallel, self.scheme, group, ExpertPlacement.LINEAR)
+        self.backend: SymmPrepareAndFinalize = make(*arguments, connect=connect, form=form)
         self.draw = torch.Generator().manual_seed(seed)
         self.held = [ExpertMapManager(E, group.size, rank).local_experts for rank in range(group.size)]
 
-    def batch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
-        """All ranks' rows, ids (some -1, some twice), weights, and how many tokens they have (none, some, all)."""
+    def batch(self) -> Batch:
+        """All ranks' rows, ids (some -1, in the standard form some twice), weights, and their tokens (0 to M)."""
         x = torch.randn(self.size, M, H, generator=self.draw)
         ids = torch.randint(-1, E, (self.size, M, K), generator=self.draw)
+        if self.form is not Form.STANDARD:
+            chosen = torch.rand(self.size, M, E, generator=self.draw).topk(K).indices
+            ids = chosen.masked_fill(ids < 0, -1)
         sizes = torch.randint(0, M + 1, (self.size,), generator=self.draw).tolist()
-        return x, ids, torch.rand(self.size, M, K, generator=self.draw), sizes
+        return Batch(x, ids, torch.rand(self.size, M, K, generator=self.draw), sizes)
 
-    def prepare(self, batch: Any) -> tuple[Dispatched, Routing]:
-        x, ids, weights, sizes = batch
-        tokens = sizes[self.rank]
-        routing = Routing(ids[self.rank, :tokens], weights[self.rank, :tokens])
-        arguments: dict[str, Any] = {"num_experts": E, "expert_map": None, "payload": MODEL_DTYPE_PAYLOAD}
-        return self.backend.prepare(x[self.rank, :tokens], routing, **arguments), routing
+    def arguments(self, batch: Batch) -> tuple[torch.Tensor, Routing, dict[str, Any]]:
+        own = slice(batch.sizes[self.rank])
+        routing = Routing(batch.ids[self.rank, own], batch.weights[self.rank, own])
+        return batch.x[self.rank, own], routing, {"num_experts": E, "expert_map": None, "payload": self.payload}
 
-    def arrivals_are_right(self, batch: Any, got: Dispatched) -> bool:
-        x, ids, weights, sizes = batch
+    def prepare(self, batch: Batch, *, split: bool = False) -> tuple[Any, Routing]:
+        """What `prepare` gives, or the second half of it."""
+        x, routing, named = self.arguments(batch)
+        return (self.backend.prepare_start if split else self.backend.prepare)(x, routing, **named), routing
+
+    def finalize(self, batch: Batch, dispatched: Dispatched, routing: Routing, *, split: bool = False) -> torch.Tensor:
+        out = torch.full((batch.sizes[self.rank], H), torch.nan)
+        arguments = (self.expert_rows(batch, self.rank), dispatched.handle, routing, out)
+        if split:
+            self.backend.finalize_start(*arguments)()
+        else:
+            self.backend.finalize(*arguments)
+        return out
+
+    def seen(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All ranks' rows as they arrive `[W · M, …]`."""
+        rows = batch.x.reshape(-1, H)
+        return (rows, None) if self.scales is None else formats.quantize(rows, fp8(self.scales))
+
+    def choices(self, batch: Batch) -> dict[int, list[int]]:
+        """Local expert → the rows that chose it, in their order."""
+        found: dict[int, list[int]] = {local: [] for local in range(len(self.held[self.rank]))}
+        for source, tokens in enumerate(batch.sizes):
+            for token in range(tokens):
+                for expert in batch.ids[source, token].tolist():
+                    if expert in self.held[self.rank]:
+                        found[self.held[self.rank].index(expert)].append(source * M + token)
+        return found
+
+    def arrivals_are_right(self, batch: Batch, got: Dispatched) -> bool:
+        x, x_scale = self.seen(batch)
+        if self.form is not Form.STANDARD:
+            assert got.tokens_per_expert is not None
+            right = True
+            for local, rows in self.choices(batch).items():
+                right &= int(got.tokens_per_expert[local]) == len(rows)
+                right &= same(got.x[local, : len(rows)], x[rows])
+                right &= x_scale is None or same(got.x_scale[local, : len(rows)], x_scale[rows])  # type: ignore[index]
+            return right
         assert got.topk_ids is not None and got.topk_weights is not None  # noqa: PT018 - for the type checker
         wanted = torch.full((self.size * M, K), -1, dtype=torch.int32)
-        for source, tokens in enumerate(sizes):
+        for source, tokens in enumerate(batch.sizes):
             for token in range(tokens):
-                for k, expert in enumerate(ids[source, token].tolist()):
+                for k, expert in enumerate(batch.ids[source, token].tolist()):
                     if expert in self.held[self.rank]:
                         wanted[source * M + token, k] = self.held[self.rank].index(expert)
         here = wanted >= 0
         rows = here.any(1)
         return (
             torch.equal(got.topk_ids, wanted)
-            and torch.equal(got.topk_weights[here], weights.reshape(-1, K)[here])
-            and torch.equal(got.x[rows], x.reshape(-1, H)[rows])
+            and torch.equal(got.topk_weights[here], batch.weights.reshape(-1, K)[here])
+            and same(got.x[rows], x[rows])
+            and (x_scale is None or same(got.x_scale[rows], x_scale[rows]))  # type: ignore[index]
         )
 
-    def expert_rows(self, batch: Any, rank: int) -> torch.Tensor:
-        return batch[0].reshape(-1, H) * (rank + 2)
+    def expert_rows(self, batch: Batch, rank: int) -> torch.Tensor:
+        """What this rank's experts make of their rows, NaN where there is none: some numbers that tell all apart."""
+        rows = batch.x.reshape(-1, H) * (rank + 2)
+        if self.form is Form.STANDARD:
+            return rows
+        y = torch.full((len(self.held[rank]), self.size * M, H), torch.nan)
+        for local, chosen in self.choices(batch).items():
+            y[local, : len(chosen)] = rows[chosen] + local
+        return y
 
-    def expected(self, batch: Any) -> torch.Tensor:
-        total = torch.zeros(batch[3][self.rank], H)
+    def expected(self, batch: Batch) -> torch.Tensor:
+        total = torch.zeros(batch.sizes[self.rank], H)
         for token in range(len(total)):
-            for rank in range(self.size):
-                if any(expert in self.held[rank] for expert in batch[1][self.rank, token].tolist()):
-                    total[token] += self.expert_rows(batch, rank)[self.rank * M + token]
+            ids, weights = batch.ids[self.rank, token].tolist(), batch.weights[self.rank, token]
+            row = batch.x[self.rank, token]
+            parts = [
+                [(row * (rank + 2) + held.index(expert), k) for k, expert in enumerate(ids) if expert in held]
+                for rank, held in enumerate(self.held)
+            ]
+            if self.form is Form.EXACT:
+                order = sorted((k, part) for per_rank in parts for part, k in per_rank)  # type: ignore[type-var]
+                parts = [[(part, k) for k, part in order]]
+            for rank, per_rank in enumerate(parts):
+                if self.form is Form.STANDARD:
+                    total[token] += row * (rank + 2) if per_rank else 0
+                else:
+                    rows = torch.stack([part for part, _ in per_rank]) if per_rank else torch.empty(0, H)
+                    total[token] += weighted_sum(rows, list(range(len(rows))), weights[[k for _, k in per_rank]])
         return total
 
-    def step(self, steps_in_flight: int) -> int:
+    def step(self, steps_in_flight: int, *, split: bool = False) -> int:
         """How many comparisons failed."""
         batches = [self.batch() for _ in range(steps_in_flight)]
-        flights = [(batch, *self.prepare(batch)) for batch in batches]
+        flights = [(batch, *self.prepare(batch, split=split)) for batch in batches]
         wrong = 0
         for batch, dispatched, routing in reversed(flights):
-            wrong += not self.arrivals_are_right(batch, dispatched)
-            out = torch.full((batch[3][self.rank], H), torch.nan)
-            self.backend.finalize(self.expert_rows(batch, self.rank), dispatched.handle, routing, out)
-            wrong += not torch.equal(out, self.expected(batch))
+            arrived = dispatched() if split else dispatched
+            wrong += not self.arrivals_are_right(batch, arrived)
+            wrong += not torch.equal(self.finalize(batch, arrived, routing, split=split), self.expected(batch))
         return wrong
 
 
-def wrong_steps(group: VirtualGroup, memory: type[EmulatedMemory], seed: int, steps: int) -> int:
-    rank = Rank(group, memory, seed, timeout_s=20.0 if memory is EmulatedMemory else 1.0)
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    plain = one.dtype is not torch.float8_e4m3fn
+    return torch.equal(one, other) if plain else torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def wrong_steps(
+    group: VirtualGroup,
+    memory: type[EmulatedMemory],
+    seed: int,
+    steps: int,
+    form: Form = Form.STANDARD,
+    scales: ScaleFormat | None = None,
+) -> int:
+    rank = Rank(group, memory, seed, form, scales, timeout_s=20.0 if memory is EmulatedMemory else 1.0)
     in_flight = random.Random(seed)
-    return sum(rank.step(in_flight.randint(1, 2)) for _ in range(steps))
+    return sum(rank.step(in_flight.randint(1, 2), split=in_flight.random() < 0.5) for _ in range(steps))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_every_interleaving_gives_the_same_numbers(ranks):
-    for seed in range(2):
-        assert run_on_ranks(ranks, wrong_steps, EmulatedMemory, seed, 15) == [0] * ranks
+def test_every_interleaving_gives_the_same_numbers(ranks, form):
+    assert run_on_ranks(ranks, wrong_steps, EmulatedMemory, 0, 10, form) == [0] * ranks
+
+
+@pytest.mark.parametrize("scales", SCHEMES)
+def test_rows_that_are_quantized_as_they_are_sent(form, scales):
+    assert run_on_ranks(2, wrong_steps, EmulatedMemory, 1, 4, form, scales) == [0, 0]
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_hundreds_of_routings(ranks):
+def test_hundreds_of_routings(ranks, form):
     for seed in range(10):
-        assert run_on_ranks(ranks, wrong_steps, EmulatedMemory, seed, 40) == [0] * ranks
+        assert run_on_ranks(ranks, wrong_steps, EmulatedMemory, seed, 40, form) == [0] * ranks
 
 
 class CountsTooEarly(EmulatedMemory):
@@ -157,8 +271,23 @@ class ClearsNoIds(EmulatedMemory):
                 super().store(place, values)
 
 
-@pytest.mark.parametrize("broken", [CountsTooEarly, WaitsForItself, WaitsForTheStepBefore, WaitsForHalf, ClearsNoIds])
-def test_without_one_of_its_pieces_it_is_wrong(broken):
+class MakesRowsTooEarly(EmulatedMemory):
+    """The experts' rows are replaced while another rank may still fetch those of the step before."""
+
+    def dispatch(self, lane: int, *arguments: Any, **named: Any) -> None:
+        self.area(lane, "sums", torch.float32, self.layout.sums, self.layout.pitch).fill_(torch.nan)
+        super().dispatch(lane, *arguments, **named)
+
+
+BROKEN = [CountsTooEarly, WaitsForItself, WaitsForTheStepBefore, WaitsForHalf, ClearsNoIds]
+SENT_OR_FETCHED = [(broken, layout.BULK_FROM) for broken in BROKEN] + [
+    (broken, 1) for broken in (*BROKEN, MakesRowsTooEarly)
+]
+
+
+@pytest.mark.parametrize(("broken", "bulk_from"), SENT_OR_FETCHED)
+def test_without_one_of_its_pieces_it_is_wrong(broken, bulk_from, monkeypatch):
+    monkeypatch.setattr(layout, "BULK_FROM", bulk_from)
     for seed in range(8):
         results = run_on_ranks(3, wrong_steps, broken, seed, 20, return_errors=True)
         if any(not isinstance(result, int) or result for result in results):
@@ -198,15 +327,12 @@ class IdleProgramReadsTheNextCounts(IdleProgramIsLate):
 
 def an_empty_step_and_a_full_one(group: VirtualGroup, memory: type[EmulatedMemory]) -> bool:
     rank = Rank(group, memory, 3)
-    x, ids, weights, _ = rank.batch()
-    right = True
+    drawn, right = rank.batch(), True
     for sizes in ([0, 0], [M, M]):
-        batch = (x, ids, weights, sizes)
+        batch = attrs.evolve(drawn, sizes=sizes)
         dispatched, routing = rank.prepare(batch)
         right &= rank.arrivals_are_right(batch, dispatched)
-        out = torch.empty(sizes[group.rank], H)
-        rank.backend.finalize(rank.expert_rows(batch, group.rank), dispatched.handle, routing, out)
-        right &= torch.equal(out, rank.expected(batch))
+        right &= torch.equal(rank.finalize(batch, dispatched, routing), rank.expected(batch))
     return right
 
 
@@ -215,64 +341,114 @@ def test_counts_are_kept_for_programs_that_read_them_late():
     assert run_on_ranks(2, an_empty_step_and_a_full_one, IdleProgramReadsTheNextCounts) != [True, True]
 
 
-def late(group: VirtualGroup) -> str:
-    rank = Rank(group, EmulatedMemory, 0, timeout_s=0.3)
-    if group.rank == 1:
-        group.store.get("the others have given up")
-    try:
-        batch = rank.batch()
-        dispatched, routing = rank.prepare(batch)
-        out = torch.empty(batch[3][group.rank], H)
-        rank.backend.finalize(rank.expert_rows(batch, group.rank), dispatched.handle, routing, out)
-    except CollectiveError as error:
-        return str(error)
-    finally:
-        group.store.set("the others have given up", b"")
-    return "nothing"
+def late(group: VirtualGroup, stage: str, form: Form) -> tuple[str, str, int]:
+    """What is said where rank 1 is late, what is said after that, and how many steps are wrong after a reset."""
+    rank = Rank(group, EmulatedMemory, 0, form, timeout_s=0.3)
+    late, said, batch = group.rank == 1, ["nothing", "nothing"], rank.batch()
+    for attempt in range(2):
+        try:
+            if late and stage == "dispatch":
+                group.store.get("the others have given up")
+            dispatched, routing = rank.prepare(batch)
+            if late and stage == "combine":
+                group.store.get("the others have given up")
+            rank.finalize(batch, dispatched, routing)
+        except CollectiveError as error:
+            said[attempt] = str(error)
+        finally:
+            if not late:
+                group.store.set("the others have given up", b"")
+    rank.backend.reset()
+    return said[0], said[1], sum(rank.step(2, split=bool(number % 2)) for number in range(4))
 
 
-def test_all_ranks_learn_who_was_waited_for():
-    for said in run_on_ranks(3, late):
-        assert "waited for rank 1 in dispatch in vain" in said
+@pytest.mark.parametrize(("stage", "form"), [("dispatch", Form.STANDARD), ("combine", Form.EXACT)])
+def test_all_ranks_learn_who_was_waited_for_and_go_on_after_a_reset(stage, form):
+    for first, second, wrong in run_on_ranks(3, late, stage, form):
+        assert f"waited for rank 1 in {stage}" in first
+        assert second == first  # nothing more is tried
+        assert wrong == 0
 
 
-def abandon(group: VirtualGroup) -> torch.Tensor:
-    rank = Rank(group, EmulatedMemory, 1)
+def begin_reset_and_end(group: VirtualGroup) -> None:
+    rank = Rank(group, EmulatedMemory, 4)
     batch = rank.batch()
-    batch = (*batch[:1], torch.arange(K * 2, K * 2 + 1).expand(group.size, M, K), batch[2], [M] * group.size)
-    dispatched, routing = rank.prepare(batch)  # all choose one expert of the last rank
+    dispatched, routing = rank.prepare(batch)
+    receive, _ = rank.prepare(batch, split=True)
+    rank.backend.reset()
+    with pytest.raises(MoEError, match="was reset"):
+        rank.finalize(batch, dispatched, routing)
+    with pytest.raises(MoEError, match="was reset"):
+        receive()
+    rank.backend.release(dispatched.handle)
+    assert rank.step(2) == 0
+    dispatched, routing = rank.prepare(batch)
+    out = torch.empty(batch.sizes[group.rank], H)
+    end = rank.backend.finalize_start(rank.expert_rows(batch, group.rank), dispatched.handle, routing, out)
+    rank.backend.reset()
+    with pytest.raises(MoEError, match="was reset"):
+        end()
+    assert rank.step(2) == 0
+
+
+def test_a_reset_ends_what_is_in_flight():
+    run_on_ranks(2, begin_reset_and_end)
+
+
+def abandon(group: VirtualGroup, form: Form) -> torch.Tensor:
+    rank = Rank(group, EmulatedMemory, 1, form)
+    chosen = torch.tensor([E - 2, E - 1, -1] if form is not Form.STANDARD else [E - 1] * K)
+    drawn = rank.batch()
+    batch = attrs.evolve(drawn, ids=chosen.expand(group.size, M, K), sizes=[M] * group.size)
+    dispatched, routing = rank.prepare(batch)  # all choose experts of the last rank
     out = torch.zeros(M, H)
     if group.rank == group.size - 1:
         rank.backend.release(dispatched.handle)
         rank.backend.release(dispatched.handle)  # a second time it is nothing
     else:
-        rank.backend.finalize(rank.expert_rows(batch, group.rank), dispatched.handle, routing, out)
+        out = rank.finalize(batch, dispatched, routing)
     assert rank.step(2) == 0  # both lanes are free, and the ranks are in step
     return out
 
 
-def test_a_step_that_a_rank_gave_up_is_no_number():
-    first, second, _ = run_on_ranks(3, abandon)
+def test_a_step_that_a_rank_gave_up_is_no_number(form):
+    first, second, _ = run_on_ranks(3, abandon, form)
     assert bool(first.isnan().all())
     assert bool(second.isnan().all())
 
 
+def fail_before_the_combine(group: VirtualGroup) -> int:
+    rank = Rank(group, EmulatedMemory, 5)
+    batch = attrs.evolve(rank.batch(), sizes=[M] * group.size)
+    dispatched, routing = rank.prepare(batch)
+    nothing: Any = None
+    with pytest.raises(AttributeError):
+        rank.backend.finalize(nothing, dispatched.handle, routing, torch.empty(M, H))
+    rank.backend.release(dispatched.handle)  # as `MoEKernel` does
+    return rank.step(2)
+
+
+def test_a_combine_that_was_not_sent_can_be_given_up():
+    assert run_on_ranks(2, fail_before_the_combine) == [0, 0]
+
+
 def refuse(group: VirtualGroup) -> None:
     rank = Rank(group, EmulatedMemory, 2)
-    x, ids, weights, _ = rank.batch()
-    most = rank.prepare((x, ids, weights, [M] * group.size))
-    other = rank.prepare((x, ids, weights, [M] * group.size))
+    batch = attrs.evolve(rank.batch(), sizes=[M] * group.size)
+    most = rank.prepare(batch)
+    other = rank.prepare(batch)
     with pytest.raises(MoEError, match="2 micro-batches are in flight"):
-        rank.prepare((x, ids, weights, [M] * group.size))
+        rank.prepare(batch)
     for dispatched, routing in (other, most):
-        rank.backend.finalize(rank.expert_rows((x,), 0), dispatched.handle, routing, torch.empty(M, H))
+        rank.finalize(batch, dispatched, routing)
     with pytest.raises(MoEError, match="consumed"):
-        rank.backend.finalize(x[0], most[0].handle, most[1], torch.empty(M, H))
-    prepare = functools.partial(rank.backend.prepare, num_experts=E, expert_map=None)
+        rank.finalize(batch, *most)
+    x, routing, named = rank.arguments(batch)
     with pytest.raises(CapacityError, match=r"T = 5 tokens.*max_tokens_per_rank = 4"):
-        prepare(torch.ones(M + 1, H), Routing(ids[0, :1], weights[0, :1]), payload=MODEL_DTYPE_PAYLOAD)
-    with pytest.raises(MoEError, match="payload = 'fp8_block'"):
-        prepare(x[0], Routing(ids[0], weights[0]), payload="fp8_block")
+        rank.backend.prepare(torch.ones(M + 1, H), routing, **named)
+    for payload in ("fp8_block", "nvfp4"):
+        with pytest.raises(MoEError, match=f"payload = '{payload}'"):
+            rank.backend.prepare(x, routing, **named | {"payload": payload})
 
 
 def test_what_can_not_be_is_refused():
