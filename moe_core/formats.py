@@ -149,7 +149,7 @@ def group_amax(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 def to_e4m3(x: torch.Tensor) -> torch.Tensor:
     """fp32 → float8_e4m3fn: nearest, ties to even; finite values saturate, Inf and NaN become NaN."""
-    clamped = x.clamp(-E4M3_MAX, E4M3_MAX)  # NaN passes; without this torch makes NaN of all that is above 464
+    clamped = x.clamp(-E4M3_MAX, E4M3_MAX)  # NaN passes; beyond 464 some versions of torch make NaN
     return torch.where(x.isinf(), torch.nan, clamped).to(torch.float8_e4m3fn)
 
 

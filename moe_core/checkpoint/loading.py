@@ -71,16 +71,41 @@ def load_experts(
 
 
 def _load(checkpoint: Checkpoint, tensor: ExpertTensor, expert: int, layer: RoutedExperts) -> None:
-    """One tensor of one expert; of a tensor that holds nothing else, only this rank's part is read."""
-    if tensor.expert is None or tensor.transposed or len(tensor.parts) > 1:
-        for part, value in _read(checkpoint, tensor, expert):
+    """One tensor of one expert. Only this rank's part of it is read."""
+    shape = checkpoint.shape(tensor.name)
+    own = shape if tensor.expert is not None else shape[1:]
+    if not own:  # one scale for all parts, or for all experts too
+        value = checkpoint.slice(tensor.name)[expert] if shape else checkpoint.tensor(tensor.name)
+        for part in tensor.parts:
             layer.load_expert(expert, part, value)
         return
-    part, shape = tensor.parts[0], checkpoint.shape(tensor.name)
-    index = layer.shard_index(part, shape)
-    whole = all(piece == slice(None) for piece in index)
-    value = checkpoint.tensor(tensor.name) if whole else checkpoint.slice(tensor.name)[index]
-    layer.load_expert(expert, part, value, sharded=True)
+    flipped = tensor.transposed and not tensor.is_bias
+    for parts, index in _pieces(tensor, own[::-1] if flipped else own, layer):
+        cut = index[::-1] if flipped else index
+        where = cut if tensor.expert is not None else (expert, *cut)
+        whole = all(piece == slice(None) for piece in where)
+        value = checkpoint.tensor(tensor.name) if whole else checkpoint.slice(tensor.name)[where]
+        for place, part in enumerate(parts):
+            piece = value.T if flipped else value
+            layer.load_expert(expert, part, piece if len(parts) == 1 else piece[place :: len(parts)], sharded=True)
+
+
+def _pieces(
+    tensor: ExpertTensor, shape: tuple[int, ...], layer: RoutedExperts
+) -> Iterator[tuple[tuple[str, ...], tuple[slice, ...]]]:
+    """What is read at once of one expert's tensor, upright `[N, …]`: parts whose rows alternate in it, and where."""
+    count = len(tensor.parts)
+    if count == 1:
+        yield tensor.parts, layer.shard_index(tensor.parts[0], shape)
+        return
+    rows = shape[0] // count
+    for place, part in enumerate(tensor.parts):
+        index = layer.shard_index(part, (rows, *shape[1:]))
+        first, end, _ = index[0].indices(rows)
+        if tensor.interleaved:  # all parts are cut alike, so one piece holds this rank's rows of each
+            yield tensor.parts, (slice(count * first, count * end), *index[1:])
+            return
+        yield (part,), (slice(place * rows + first, place * rows + end), *index[1:])
 
 
 def _tensors_of(checkpoint: Checkpoint, prefix: str, rules: Sequence[LayoutRule]) -> list[ExpertTensor]:
@@ -181,21 +206,3 @@ def expected_shape(tensor: ExpertTensor, layer: RoutedExperts) -> tuple[int, ...
     rows, columns = (hidden, inner) if down else (len(tensor.parts) * inner, hidden)
     shape: tuple[int, ...] = (rows,) if tensor.is_bias else (columns, rows) if tensor.transposed else (rows, columns)
     return shape if tensor.expert is not None else (layer.config.num_experts, *shape)
-
-
-def _read(checkpoint: Checkpoint, tensor: ExpertTensor, expert: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """One expert's parts of one tensor: biases `[I]` or `[H]`, gate and up `[I, H]`, down `[H, I]`."""
-    if not checkpoint.shape(tensor.name):  # one scale for all experts, or for both halves
-        yield from ((part, checkpoint.tensor(tensor.name)) for part in tensor.parts)
-        return
-    value = checkpoint.tensor(tensor.name) if tensor.expert is not None else checkpoint.slice(tensor.name)[expert]
-    if tensor.transposed and not tensor.is_bias:
-        value = value.T
-    count = len(tensor.parts)
-    for index, part in enumerate(tensor.parts):
-        if count == 1:  # also a scale without dims
-            yield part, value
-        elif tensor.interleaved:
-            yield part, value[index::count]
-        else:
-            yield part, value.chunk(count)[index]

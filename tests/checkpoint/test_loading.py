@@ -59,28 +59,14 @@ def test_a_rank_reads_its_own_experts_only(name, placement, checkpoints, familie
     )
     whole = build(config)
     load_experts(checkpoint, families[name].block, whole.routed_experts)
-    read = 0
-
-    def counted(file):
-        class Slice:
-            def __getitem__(self, index):
-                nonlocal read
-                value = file[index]
-                read += value.numel()
-                return value
-
-        return Slice()
-
-    inner_slice, inner_tensor = checkpoint.slice, checkpoint.tensor
-    monkeypatch.setattr(checkpoint, "slice", lambda name: counted(inner_slice(name)))
-    monkeypatch.setattr(checkpoint, "tensor", lambda name: counted({0: inner_tensor(name)})[0])
+    read = count_reads(checkpoint, monkeypatch)
     rank = layer(config, MoEParallelConfig(ep_size=4, ep_rank=1))
     load_experts(checkpoint, families[name].block, rank)
     own = list(rank.expert_map.local_experts)
     assert len(own) == 2
     for mine, all_of_it in zip(rank.parameters(), whole.routed_experts.parameters(), strict=True):
         assert torch.equal(mine, all_of_it[own])
-    assert read == sum(parameter.numel() for parameter in rank.parameters())
+    assert sum(read) == sum(parameter.numel() for parameter in rank.parameters())
 
 
 def layer(config, parallel):
@@ -90,13 +76,46 @@ def layer(config, parallel):
     return type(build(config).routed_experts)(plan, method, torch.device("cpu"))
 
 
-def test_tensor_parallel_shares_put_together_are_the_whole(checkpoints, families):
-    checkpoint, family = Checkpoint.open(checkpoints("mixtral")), families["mixtral"]
+def count_reads(checkpoint, monkeypatch):
+    """A list that grows by the elements of everything that is read."""
+    read = []
+
+    def counted(value):
+        read.append(value.numel())
+        return value
+
+    class Slice:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getitem__(self, index):
+            return counted(self.inner[index])
+
+    inner_slice, inner_tensor = checkpoint.slice, checkpoint.tensor
+    monkeypatch.setattr(checkpoint, "slice", lambda name: Slice(inner_slice(name)))
+    monkeypatch.setattr(checkpoint, "tensor", lambda name: counted(inner_tensor(name)))
+    return read
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "granitemoe"])
+def test_tensor_parallel_shares_are_read_alone_and_put_together_the_whole(name, checkpoints, families, monkeypatch):
+    checkpoint, family = Checkpoint.open(checkpoints(name)), families[name]
     whole = layer(family.moe_config, MoEParallelConfig())
-    shares = [layer(family.moe_config, MoEParallelConfig(tp_size=2, tp_rank=rank)) for rank in range(2)]
-    for one in (whole, *shares):
-        load_experts(checkpoint, family.block, one)
+    load_experts(checkpoint, family.block, whole)
+    read = count_reads(checkpoint, monkeypatch)
+    shares = []
+    for rank in range(2):
+        read.clear()
+        shares.append(layer(family.moe_config, MoEParallelConfig(tp_size=2, tp_rank=rank)))
+        load_experts(checkpoint, family.block, shares[rank])
+        assert sum(read) == sum(parameter.numel() for parameter in shares[rank].parameters())
     assert torch.equal(torch.cat([share.w2 for share in shares], dim=2), whole.w2)
+    if family.moe_config.activation.bias:  # gate and up alternate, so ranks follow one another
+        assert torch.equal(torch.cat([share.w13 for share in shares], dim=1), whole.w13)
+        assert torch.equal(torch.cat([share.w13_bias for share in shares], dim=1), whole.w13_bias)
+        assert torch.equal(shares[0].w2_bias, whole.w2_bias)
+        assert not shares[1].w2_bias.any()
+        return
     gates, ups = zip(*(share.w13.chunk(2, dim=1) for share in shares), strict=True)
     assert torch.equal(torch.cat([*gates, *ups], dim=1), whole.w13)
 

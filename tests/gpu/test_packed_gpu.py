@@ -11,23 +11,26 @@ packed = pytest.importorskip("moe_core.integrations.transformers.packed")
 pytest.importorskip("accelerate", reason="transformers' device_map asks for it")
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-SCHEMES = {"fp8_qwen3_moe": "fp8_weight_only", "nvfp4_mixtral": "nvfp4", "nvfp4_gpt_oss": "nvfp4"}
+CASES = [
+    ("fp8_qwen3_moe", "fp8_weight_only"),
+    ("fp8_qwen3_moe", "fp8_tensor"),
+    ("nvfp4_mixtral", "nvfp4"),
+    ("nvfp4_gpt_oss", "nvfp4"),
+]
 
 
-@pytest.mark.parametrize("name", SCHEMES)
-def test_a_packed_model_loads_onto_the_device(name):
+@pytest.mark.parametrize(("name", "scheme"), CASES)
+def test_a_packed_model_loads_onto_the_device(name, scheme):
     ids = torch.arange(3, 23)[None]
     before = torch.cuda.memory_allocated()
-    model = packed.from_pretrained(
-        FIXTURES / name, scheme=SCHEMES[name], dtype=torch.bfloat16, device_map="cuda"
-    ).eval()
+    model = packed.from_pretrained(FIXTURES / name, scheme=scheme, dtype=torch.bfloat16, device_map="cuda").eval()
     experts = [module for path, module in model.named_modules() if path.endswith("experts.packed")]
     assert experts
     for module in experts:
         assert {tensor.device.type for tensor in module.parameters()} == {"cuda"}
         assert module.w13.element_size() == 1
     assert torch.cuda.memory_allocated() > before
-    truth = packed.from_pretrained(FIXTURES / name, scheme=SCHEMES[name], dtype=torch.float32).eval()
+    truth = packed.from_pretrained(FIXTURES / name, scheme=scheme, dtype=torch.float32).eval()
     with torch.no_grad():
         got, expected = model(ids.cuda()).logits.float().cpu(), truth(ids).logits
     assert float((got - expected).norm() / expected.norm()) <= 0.03  # bf16 beside fp32

@@ -5,7 +5,9 @@ Shape letters: N, K rows and columns of a projection.
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +119,47 @@ def test_weight_only_logits_are_those_of_the_dequantized_model(kind, written):
     assert all(module.w13.element_size() == 1 for module in experts)
 
 
-def test_quantized_activations_by_default(written):
-    folder, plain = written("channel")
+def e4m3(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+
+QUANTIZERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "deepseek": lambda x: torch.cat([e4m3(g, g.abs().amax(1, keepdim=True) / 448) for g in x.split(32, dim=1)], dim=1),
+    "channel": lambda x: e4m3(x, x.abs().amax(1, keepdim=True) / 448),
+    "modelopt_fp8": lambda x: e4m3(x, torch.tensor(0.01)),
+}
+"""What each format makes of a linear layer's input, written apart from `formats`."""
+
+
+def quantize_inputs(model: Any, quantize: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """transformers' own experts, with both their inputs quantized."""
+
+    def forward(module: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        for expert in ids.unique().tolist():
+            token, choice = torch.where(ids == expert)
+            gate, up = (quantize(x[token]) @ module.gate_up_proj[expert].T).chunk(2, dim=1)
+            y = quantize(module.act_fn(gate) * up) @ module.down_proj[expert].T
+            out.index_add_(0, token, y * weights[token, choice].unsqueeze(1))
+        return out
+
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            module.forward = functools.partial(forward, module)
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_logits_with_quantized_activations_are_those_of_the_formats_quantizer(kind, written):
+    folder, plain = written(kind)
     model = packed.from_pretrained(folder, dtype=torch.float32).eval()
     truth = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
     ids = torch.arange(3, 23)[None]
     with torch.no_grad():
-        error = (model(ids).logits - truth(ids).logits).norm() / truth(ids).logits.norm()
-    assert 1e-4 < float(error) < 0.1
+        got, unquantized = model(ids).logits, truth(ids).logits
+        quantize_inputs(truth, QUANTIZERS[kind])
+        expected = truth(ids).logits
+    assert float((got - expected).norm() / expected.norm()) <= 1e-5
+    assert float((unquantized - expected).norm() / expected.norm()) >= 1e-3, "the quantizer does something"
 
 
 def test_a_format_that_nobody_reads_is_refused_before_loading(written):

@@ -335,8 +335,13 @@ def test_gpt_oss_as_modelopt_writes_it(tmp_path):
     json_config = {"model_type": "gpt_oss", "quantization_config": CONFIGS["modelopt_nvfp4"]}
     (tmp_path / "config.json").write_text(json.dumps(json_config))
     layer = load(tmp_path, config)
+    shares = [load(tmp_path, config, MoEParallelConfig(tp_size=2, tp_rank=rank)) for rank in range(2)]
+    spec = layer.quant_method.scheme.weight
     for expert in range(experts):
-        w13, w2 = dequantize_expert(layer.weights, expert, layer.quant_method.scheme.weight)
+        w13, w2 = dequantize_expert(layer.weights, expert, spec)
         assert torch.equal(w13, expected["gate_up_proj"][expert])
         assert torch.equal(w2, expected["down_proj"][expert])
+        first, second = (dequantize_expert(share.weights, expert, spec) for share in shares)
+        assert torch.equal(torch.cat([first[0], second[0]]), w13)
+        assert torch.equal(torch.cat([first[1], second[1]], dim=1), w2)
     assert torch.equal(layer.weights.w13_bias, stored[f"{BLOCK}.experts.gate_up_proj_bias"])

@@ -16,7 +16,6 @@ import torch
 from experts_deepgemm import _vendor_api as vendor
 from moe_core import ops
 from moe_core.config import MoEConfig, MoEParallelConfig, Problem
-from moe_core.errors import MoEError
 from moe_core.interfaces import Experts, WorkspaceShapes
 from moe_core.ops import contiguous
 from moe_core.quant import QuantScheme, ScaleFormat
@@ -126,10 +125,8 @@ def _bind(w: torch.Tensor, w_scale: torch.Tensor | None, batched: bool) -> Multi
     w = w.detach()
     transposed = w.transpose(1, 2).is_contiguous() and w_scale is None and not batched
     if not (w.is_contiguous() or transposed):
-        raise MoEError(
-            f"experts deepgemm: weights of shape {tuple(w.shape)} have strides {w.stride()}, and the library reads "
-            "contiguous ones (bf16 in standard format also transposed); insist on other experts (experts='triton')"
-        )
+        # The library reads no other strides. A copy that is kept would go stale when the weights are written to.
+        return lambda x, x_scale, out, *which: _bind(w.contiguous(), w_scale, batched)(x, x_scale, out, *which)
     if w_scale is None:
         multiply = vendor.masked_bf16 if batched else vendor.contiguous_bf16
         return lambda x, _, out, *which: multiply(x, w, out, *which)

@@ -35,7 +35,7 @@ SMALL_BLOCKS = QuantScheme(
 def available(monkeypatch):
     """The library is declared to be here, and Triton too; planning imports neither."""
     found = registry().experts
-    for name in ("deepgemm", "triton"):
+    for name in {"deepgemm", "triton", "fp8_triton"} & found.keys():
         monkeypatch.setitem(found, name, attrs.evolve(found[name], probe=lambda: Availability(True)))
 
 
@@ -144,17 +144,20 @@ def test_calls_bind_to_the_signatures_of_the_wheel(monkeypatch) -> None:
     }  # fmt: skip
 
 
-def test_it_runs_in_the_ranges_where_it_was_measured_faster(available, monkeypatch) -> None:
+@pytest.mark.parametrize(("scheme", "own"), [(UNQUANTIZED, "triton"), (FP8, "fp8_triton")], ids=["bf16", "fp8"])
+def test_it_runs_in_the_ranges_where_it_was_measured_faster(available, monkeypatch, scheme, own) -> None:
     """Without a measurement the experts of higher priority run everywhere, and it is in the table as outranked."""
-    plan = moe_core.plan(CONFIG, dispatch="local", device=HOPPER)
-    assert [item.candidate.name for item in plan.ranges] == ["triton"]
+    if own not in registry().experts:
+        pytest.skip("needs moe-quant-fp8")
+    plan = moe_core.plan(CONFIG, scheme=scheme, dispatch="local", device=HOPPER)
+    assert [item.candidate.name for item in plan.ranges] == [own]
     times = {1: (30.0, 90.0), 1024: (400.0, 410.0), 4096: (900.0, 700.0)}
     points = []
     for rows, (ours, theirs) in times.items():
-        by_name = {"triton": ours, "deepgemm": theirs}
+        by_name = {own: ours, "deepgemm": theirs}
         points.append(TunedPoint(rows, {c.label: by_name.get(c.name, 5000.0) for c in plan.fitting}))
     measured = Tuned({ActivationFormat.STANDARD: TunedFormat(tuple(points))}, date="today", source="a test")
     monkeypatch.setattr("moe_core.build.read_tuned", lambda problem: measured)
-    ranges = moe_core.plan(CONFIG, dispatch="local", device=HOPPER).ranges
-    assert [item.candidate.name for item in ranges] == ["triton", "deepgemm"]
+    ranges = moe_core.plan(CONFIG, scheme=scheme, dispatch="local", device=HOPPER).ranges
+    assert [item.candidate.name for item in ranges] == [own, "deepgemm"]
     assert 1024 < ranges[1].first_row <= 4096

@@ -12,13 +12,14 @@ import torch
 
 from moe_core import ActivationSpec, GateUpLayout, MoEConfig, formats
 from moe_core.emulated import EmulatedExperts, dequantize_weights
-from moe_core.ops import Activation, Fp8BatchedLauncher, Fp8ExpertsLauncher, Fp8Weights
+from moe_core.ops import Activation, Fp8BatchedLauncher, Fp8ExpertsLauncher, Fp8Weights, SlotsConfig
 from moe_core.ops._fp8_quantize import QuantizeByExpert, QuantizeRows
 from moe_core.quant import QuantScheme
 from moe_core.reference import moe_reference
 from moe_core.types import Dispatched, ExpertWeights
 from quant_fp8 import schemes
 from quant_fp8.formats import format_of
+from tests.quant.hopper_fp8 import HopperStep, Multiply, Tiles, in_float64
 
 POISON = -(2**30) - 12345  # an index that no kernel may follow
 SCHEMES: dict[str, QuantScheme] = {scheme.name: scheme for scheme in schemes.SCHEMES} | {
@@ -125,11 +126,55 @@ class Case:
         EmulatedExperts(self.config(), self.spec).apply(Dispatched(handle=None, **dispatched), record, {}, out)
         return out
 
+    def expected(self, record: ExpertWeights, launch: Any, **dispatched: Any) -> torch.Tensor:
+        """The step as this device computes it with this launch configuration, as far as its arithmetic is known."""
+        if not self.is_known:
+            return self.emulated(record, **dispatched)
+        x, x_scale, counts = dispatched["x"], dispatched.get("x_scale"), dispatched.get("tokens_per_expert")
+        if counts is None:
+            ids, router = dispatched["topk_ids"], dispatched["topk_weights"]
+            if dispatched.get("num_rows") is not None:
+                ids = ids.masked_fill(torch.arange(len(ids), device=ids.device)[:, None] >= dispatched["num_rows"], -1)
+        else:
+            ids = ids_of_rows(counts, x.shape[1])
+            router = torch.ones(ids.shape, device=ids.device)
+            x, x_scale = x.flatten(0, 1), None if x_scale is None else x_scale.flatten(0, 1)
+        step = self.step(record, launch)
+        if not isinstance(launch, SlotsConfig):
+            out = step(x, ids, router, x_scale)
+        else:  # y stays in registers
+            out = step.out(step.y(*step.codes(step.act(x, ids, x_scale), ids), ids), ids, router)
+        return out.reshape(dispatched["x"].shape)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether `HopperStep` says what is computed here."""
+        if self.device == "cpu" or self.spec.activation is None:
+            return False
+        return torch.cuda.get_device_capability() == (9, 0)
+
+    def step(self, record: ExpertWeights, launch: Any) -> HopperStep:
+        """The arithmetic of a launch configuration."""
+
+        def multiply(tile: Any) -> Multiply:
+            return Tiles(tile.block_m, getattr(tile, "small_m", 0))
+
+        if isinstance(launch, SlotsConfig):
+            return HopperStep(self.config(), self.spec, record, in_float64, in_float64)
+        return HopperStep(self.config(), self.spec, record, multiply(launch.up), multiply(launch.down))
+
     def exact(self, record: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
         """In float64 on the dequantized weights, activations as they are."""
         assert self.spec.weight is not None
         plain = dequantize_weights(record, self.spec.weight)
         return moe_reference(x, ids, router, plain, self.activation, compute_dtype=torch.float64)
+
+
+def ids_of_rows(counts: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Every row of the batched format as a token with one choice: `[E·C, 1]`, -1 from the counts on."""
+    row = torch.arange(capacity, device=counts.device)
+    expert = torch.arange(len(counts), device=counts.device)[:, None]
+    return torch.where(row < counts[:, None], expert, -1).reshape(-1, 1)
 
 
 def poisoned(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], device: str) -> dict[str, torch.Tensor]:
@@ -144,8 +189,10 @@ def poisoned(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], device: str
     return space
 
 
-def run(case: Case, config: Any = None, given: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(result, emulation, float64) of one step on poisoned memory; only the rows that must be written.
+def run(
+    case: Case, config: Any = None, given: bool = False, steps: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(result, what it should be, float64) of steps on poisoned memory; only the rows that must be written.
 
     `given`: a dispatch has quantized x already.
     """
@@ -153,23 +200,28 @@ def run(case: Case, config: Any = None, given: bool = False) -> tuple[torch.Tens
     launcher = Fp8ExpertsLauncher(
         case.weights(record), top_k=case.top_k, dtype=case.dtype, plan=None if config is None else ((None, config),)
     )
-    x, ids, router = case.inputs()
-    out = torch.full_like(x, float("nan"))
-    sent, scale = x, None
-    if given:
-        assert case.spec.activation is not None
-        sent, scale = (part.to(case.device) for part in formats.quantize(x.cpu(), case.spec.activation))
-    count = case.row_count()
-    launcher(sent, ids, router, poisoned(launcher.workspace(case.tokens), case.device), out, count, scale)
-    emulated = case.emulated(record, x=sent, x_scale=scale, topk_ids=ids, topk_weights=router, num_rows=count)
-    exact = case.exact(record, x, ids, torch.nan_to_num(router))
-    return out[: case.num_rows], emulated[: case.num_rows], exact[: case.num_rows]
+    launch, count, results = launcher.config(case.tokens), case.row_count(), []
+    for seed in range(steps):
+        x, ids, router = case.inputs(seed)
+        out = torch.full_like(x, float("nan"))
+        sent, scale = x, None
+        if given:
+            assert case.spec.activation is not None
+            sent, scale = (part.to(case.device) for part in formats.quantize(x.cpu(), case.spec.activation))
+        launcher(sent, ids, router, poisoned(launcher.workspace(case.tokens), case.device), out, count, scale)
+        expected = case.expected(
+            record, launch, x=sent, x_scale=scale, topk_ids=ids, topk_weights=router, num_rows=count
+        )  # fmt: skip
+        exact = case.exact(record, x, ids, torch.nan_to_num(router))
+        results.append([rows[: case.num_rows] for rows in (out, expected, exact)])
+    out, expected, exact = (torch.cat(rows) for rows in zip(*results, strict=True))
+    return out, expected, exact
 
 
 def run_batched(
     case: Case, counts: tuple[int, ...], capacity: int, config: Any = None, given: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(result, emulation) of one batched step; rows past the counts are NaN."""
+    """(result, what it should be) of one batched step; rows past the counts are NaN."""
     record = case.record()
     launcher = Fp8BatchedLauncher(case.weights(record), dtype=case.dtype, config=config)
     # A padded hidden dim: rows are views of longer ones.
@@ -184,7 +236,8 @@ def run_batched(
         assert case.spec.activation is not None
         sent, scale = (part.to(case.device) for part in formats.quantize(x.cpu(), case.spec.activation))
     launcher(sent, count, poisoned(launcher.workspace(capacity), case.device), out, scale)
-    return out, case.emulated(record, x=sent, x_scale=scale, tokens_per_expert=count)
+    launch = launcher.config(capacity)
+    return out, case.expected(record, launch, x=sent, x_scale=scale, tokens_per_expert=count)
 
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:

@@ -112,3 +112,5 @@ def test_loading_warps_give_their_registers_to_those_that_multiply(compiled):
     gemms = [kernel for kernel in compiled if kernel.name == "fp8_specialized_kernel"]
     assert len(gemms) == 2
     assert all("setmaxnreg.inc.sync.aligned.u32 \t232" in kernel.asm["ptx"] for kernel in gemms)
+    # And these are enough: sums that go through memory would cost what the second group of warps hides.
+    assert all("STL" not in kernel.asm["sass"] for kernel in gemms)

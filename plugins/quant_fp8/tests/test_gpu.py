@@ -49,13 +49,18 @@ def plugin_of_this_checkout() -> None:
         register_plugin(plugin, "fp8")
 
 
-def check(scheme: str, out: torch.Tensor, emulated: torch.Tensor, exact: torch.Tensor) -> None:
-    """As near to float64 as the emulation is, and near to the emulation itself."""
-    weight_only = "weight_only" in scheme
-    error, emulations = relative_error(out, exact), relative_error(emulated, exact)
-    assert error <= 1.1 * emulations + 0.003  # bf16 rows before the sum
-    assert len(out) == 0 or error <= (0.006 if weight_only else 0.05)
-    assert relative_error(out, emulated) <= 0.006
+def near(case: Case) -> float:
+    """How far a result may be from what it should be: where the arithmetic is known, a code in thousands may differ."""
+    return 0.001 if case.is_known else 0.006
+
+
+def check(case: Case, out: torch.Tensor, expected: torch.Tensor, exact: torch.Tensor) -> None:
+    """As near to float64 as the format allows, and what this device's arithmetic gives; of 40 tokens or more."""
+    weight_only = case.spec.activation is None
+    error, formats_own = relative_error(out, exact), relative_error(expected, exact)
+    assert error <= 1.1 * formats_own + 0.003  # bf16 rows before the sum
+    assert error <= (0.006 if weight_only else 0.05)
+    assert relative_error(out, expected) <= near(case)
 
 
 def runs(scheme: str, path: str) -> bool:
@@ -68,14 +73,14 @@ def runs(scheme: str, path: str) -> bool:
 def test_schemes_and_paths(scheme, path):
     tokens = 8 if path == "by_slot" else 40
     case = Case(scheme, tokens, hidden=272, experts=7, top_k=3, dtype=torch.bfloat16, device="cuda")
-    check(scheme, *run(case, PATHS[path]))
+    check(case, *run(case, PATHS[path], steps=-(-40 // tokens)))
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 30, 200, 1500])
 @pytest.mark.parametrize("scheme", ["fp8_block", "fp8_tensor", "fp8_tensor_dynamic", "fp8_channel", "fp8_weight_only"])
 def test_own_choice(scheme, tokens):
     case = Case(scheme, tokens, 512, 256, 16, 4, routing="distinct", dtype=torch.bfloat16, device="cuda")
-    check(scheme, *run(case))
+    check(case, *run(case, steps=-(-40 // tokens)))
 
 
 @pytest.mark.parametrize("activation", [
@@ -85,15 +90,15 @@ def test_own_choice(scheme, tokens):
 def test_activations_and_layouts(activation, tokens):
     for scheme in ("fp8_block", "fp8_channel"):
         case = Case(scheme, tokens, activation=activation, num_rows=tokens - 1, dtype=torch.bfloat16, device="cuda")
-        out, emulated, _ = run(case)
-        assert relative_error(out, emulated) <= 0.006
+        out, expected, _ = run(case)
+        assert relative_error(out, expected) <= near(case)
 
 
 @pytest.mark.parametrize("path", ["slots", "scan", "grouped"])
 def test_gate_and_up_with_different_input_scales(path):
     case = Case("fp8_tensor", tokens=40, halves_differ=True, dtype=torch.bfloat16, device="cuda")
-    out, emulated, _ = run(case, PATHS[path])
-    assert relative_error(out, emulated) <= 0.006
+    out, expected, _ = run(case, PATHS[path])
+    assert relative_error(out, expected) <= near(case)
 
 
 @pytest.mark.parametrize("scheme", ["fp8_block", "fp8_tensor", "fp8_tensor_dynamic", "fp8_channel", "fp8_weight_only"])
@@ -103,9 +108,9 @@ def test_batched(scheme, given):
         pytest.skip("not quantized row by row")
     counts = (0, 37, 5, 150, 1)
     case = Case(scheme, dtype=torch.bfloat16, device="cuda")
-    out, emulated = run_batched(case, counts, 150, given=given)
+    out, expected = run_batched(case, counts, 150, given=given)
     for expert, rows in enumerate(counts):
-        assert rows == 0 or relative_error(out[expert, :rows], emulated[expert, :rows]) <= 0.006
+        assert rows == 0 or relative_error(out[expert, :rows], expected[expert, :rows]) <= near(case)
         assert torch.isnan(out[expert, rows:]).all()
 
 
@@ -150,11 +155,32 @@ def test_blocks_of_zeros_and_of_the_largest_values():
     record.w2.view(torch.uint8)[:, 128:, 128:] = 0x7E  # 448
     x, ids, router = case.inputs()
     x[3], x[4] = 0, 3e4
-    wanted = case.emulated(record, x=x, topk_ids=ids, topk_weights=router)
     for path in ("slots", "scan", "grouped"):
         launcher = Fp8ExpertsLauncher(case.weights(record), top_k=2, dtype=torch.bfloat16, plan=((None, PATHS[path]),))
         out = launcher(x, ids, router, poisoned(launcher.workspace(9), "cuda"), torch.empty_like(x))
-        assert relative_error(out, wanted) <= 0.006
+        wanted = case.expected(record, PATHS[path], x=x, topk_ids=ids, topk_weights=router)
+        assert relative_error(out, wanted) <= near(case)
+
+
+SIZES = {"qwen3": (8, 2048, 768), "deepseek_tp8": (8, 7168, 256), "mixtral_tp4": (2, 4096, 3584)}
+"""K, H and I of models."""
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("scheme", ["fp8_block", "fp8_channel"])
+def test_error_at_the_sizes_of_models(scheme, size):
+    """Of the whole output. A single row's is the format's and varies: 0.035 to 0.055 in float32 arithmetic too."""
+    top_k, hidden, inner = SIZES[size]
+    for tokens, steps in ((1, 16), (256, 1)):
+        case = Case(scheme, tokens, hidden, inner, 8, top_k, routing="distinct", dtype=torch.bfloat16, device="cuda")
+        record = case.record()
+        launcher = Fp8ExpertsLauncher(case.weights(record), top_k=top_k, dtype=case.dtype)
+        space, outs, exact = poisoned(launcher.workspace(tokens), "cuda"), [], []
+        for seed in range(steps):
+            x, ids, router = case.inputs(seed)
+            outs.append(launcher(x, ids, router, space, torch.empty_like(x)))
+            exact.append(case.exact(record, x, ids, router))
+        assert relative_error(torch.cat(outs), torch.cat(exact)) <= 0.048, tokens
 
 
 E, H, I, K = 16, 256, 384, 4
@@ -185,12 +211,18 @@ def inputs(tokens, seed=1):
 
 @pytest.mark.parametrize("scheme", [scheme.name for scheme in schemes.SCHEMES])
 def test_chosen_on_a_gpu_without_being_told(scheme):
-    runner, emulated = layer(scheme), layer(scheme, experts="fp8_torch")
+    runner = layer(scheme)
     assert [r.candidate.name for r in runner.plan.ranges] == ["fp8_triton"]
+    case = Case(scheme, 0, H, I, E, K, dtype=torch.bfloat16, device="cuda")
+    record = runner.routed_experts.weights
+    launcher = Fp8ExpertsLauncher(case.weights(record), top_k=K, dtype=torch.bfloat16)
     for tokens in (0, 1, 9, 300):
         x, logits = inputs(tokens)
         got = runner(x, logits)
-        assert tokens == 0 or relative_error(got, emulated(x, logits)) <= 0.006
+        router, ids = logits.softmax(dim=1).topk(K, dim=1)
+        router = router / router.sum(dim=1, keepdim=True)
+        wanted = case.expected(record, launcher.config(tokens), x=x, topk_ids=ids, topk_weights=router)
+        assert tokens == 0 or relative_error(got, wanted) <= near(case)
 
 
 @pytest.mark.parametrize("scheme", ["fp8_block", "fp8_tensor", "fp8_tensor_dynamic", "fp8_channel"])

@@ -25,7 +25,9 @@ from quant_fp8.formats import format_of
 
 QWEN3 = ExpertsProblem(128, 8, 2048, 768, itemsize=1)
 MIXTRAL = ExpertsProblem(8, 2, 4096, 14336, itemsize=1)
+GPT_OSS = ExpertsProblem(128, 4, 2880, 2880, itemsize=1)
 BLOCK, STATIC, DYNAMIC = Fp8Format("block", "group"), Fp8Format("tensor", "static"), Fp8Format("tensor", "tensor")
+ROW = Fp8Format("channel", "row")
 
 
 def path(problem, tokens, spec=BLOCK):
@@ -37,6 +39,8 @@ def test_paths_by_the_number_of_tokens():
     assert [path(QWEN3, t) for t in (1, 4, 16, 64, 4096)] == ["slots", "by slot", "scan", "grouped", "grouped"]
     # One token of Mixtral reads 350 MB: there the matrix unit pays. Two of eight experts: slots would read some twice.
     assert [path(MIXTRAL, t) for t in (1, 4, 64)] == ["by slot", "scan", "grouped"]
+    # Rows of 22.5 lines: through tensor maps as soon as experts are shared.
+    assert [path(GPT_OSS, t, ROW) for t in (1, 4, 16, 64)] == ["by slot", "by slot", "grouped", "grouped"]
     # The scale of an expert's input needs all of its rows: beyond one token they are sorted first.
     assert [path(QWEN3, t, DYNAMIC) for t in (1, 2, 16)] == ["slots", "grouped", "grouped"]
 
@@ -51,6 +55,15 @@ def test_loading_warps_where_experts_have_many_rows_and_the_activation_is_the_on
         config = fp8_config(QWEN3, BLOCK, tokens, plain)
         assert (type(config.up), type(config.down)) == kind
     assert isinstance(fp8_config(QWEN3, STATIC, 4096).up, TileConfig)
+
+
+def test_tiles_follow_the_rows_of_an_expert():
+    heights = [fp8_config(QWEN3, BLOCK, t).up.block_m for t in (64, 128, 256, 1024, 4096)]
+    assert heights == [16, 16, 32, 64, 128]
+    # Waiting programs hold shared memory: the next kernel comes early only where few tiles want it.
+    assert [fp8_config(QWEN3, BLOCK, t).early for t in (64, 256, 1024, 4096)] == [True, True, False, False]
+    # A group of tiles that divides the number of programs would give some of them all the short ones.
+    assert [fp8_config(MIXTRAL, BLOCK, t).up.group for t in (1024, 4096)] == [7, 4]
 
 
 @pytest.mark.parametrize("scheme", schemes.SCHEMES, ids=lambda scheme: scheme.name)

@@ -13,7 +13,6 @@ import stand_in
 import torch
 
 from moe_core.config import ActivationSpec, MoEConfig, MoEParallelConfig
-from moe_core.errors import MoEError
 from moe_core.quant import UNQUANTIZED
 from moe_core.reference import moe_reference
 from moe_core.types import ActivationFormat, Dispatched, ExpertWeights, GateUpLayout
@@ -91,11 +90,19 @@ def test_batched(make, capacity) -> None:
         torch.testing.assert_close(out[expert, :count].float(), expected.float(), atol=2e-2, rtol=2e-2)
 
 
-def test_weights_in_an_order_that_the_library_does_not_read(make) -> None:
-    weights = weights_of(CONFIG)
-    strided = attrs.evolve(weights, w13=torch.empty(3, 256, 256, dtype=torch.bfloat16)[..., ::2])
-    x = torch.zeros(1, 128, dtype=torch.bfloat16)
-    ids = torch.zeros(1, 2, dtype=torch.int32)
-    dispatched = Dispatched(x, None, topk_ids=ids, topk_weights=torch.ones(1, 2))
-    with pytest.raises(MoEError, match=r"contiguous ones.*experts='triton'"):
-        run(make(CONFIG), dispatched, strided, torch.empty_like(x))
+def test_weights_in_an_order_that_the_library_does_not_read_are_read_anew_in_every_step(make) -> None:
+    weights, x = weights_of(CONFIG), torch.randn(3, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    apart = {name: torch.cat([getattr(weights, name)] * 2, dim=2)[..., :128] for name in ("w13", "w2")}
+    strided = attrs.evolve(weights, **apart)
+    ids, router = torch.tensor([[0, 1], [2, -1], [1, 0]], dtype=torch.int32), torch.ones(3, 2)
+    experts, dispatched = make(CONFIG), Dispatched(x, None, topk_ids=ids, topk_weights=router)
+    for _ in range(2):
+        expected = moe_reference(x, ids, router, strided, CONFIG.activation)
+        out = run(experts, dispatched, strided, torch.full_like(x, torch.nan))
+        torch.testing.assert_close(out.float(), expected.float(), atol=2e-2, rtol=2e-2)
+        strided.w13.mul_(0.5)
+    counts, rows = torch.tensor([2, 0, 1], dtype=torch.int32), x.expand(3, 3, 128).contiguous()
+    out = run(experts, Dispatched(rows, None, tokens_per_expert=counts), attrs.evolve(strided), torch.empty_like(rows))
+    ids = torch.zeros(2, 1, dtype=torch.int32)
+    expected = moe_reference(x[:2], ids, torch.ones(2, 1), strided, CONFIG.activation)
+    torch.testing.assert_close(out[0, :2].float(), expected.float(), atol=2e-2, rtol=2e-2)
