@@ -12,37 +12,64 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from benchmarks import cases
-from moe_core.ops import BatchedExpertsLauncher, ExpertsLauncher, RouteSpec, topk_route, topk_route_torch
+from moe_core.ops import (
+    BatchedExpertsLauncher,
+    ExpertsLauncher,
+    ExpertsPlan,
+    RouteSpec,
+    choose_plan,
+    compile_only,
+    topk_route,
+    topk_route_torch,
+)
 
 TOLERANCE = 0.005
 Step = Callable[[cases.Inputs], torch.Tensor]
 
 
 def our_step(
-    shape: cases.Shape, weights: cases.Weights
+    shape: cases.Shape, weights: cases.Weights, plan: ExpertsPlan | None = None
 ) -> tuple[Callable[[cases.Inputs], Callable[[], torch.Tensor]], ExpertsLauncher]:
     """A factory of prepared calls, one per input set: workspaces and outputs of their own, poisoned."""
     launcher = ExpertsLauncher(
         weights.w13, weights.w2, top_k=shape.top_k, activation=shape.activation, bias13=weights.bias13,
-        bias2=weights.bias2,
+        bias2=weights.bias2, plan=plan,
     )  # fmt: skip
 
     def prepare(inputs: cases.Inputs) -> Callable[[], torch.Tensor]:
         space = {}
         for name, (size, dtype) in launcher.workspace(inputs.ids.shape[0]).items():
-            space[name] = torch.empty(size, dtype=dtype, device="cuda")
+            space[name] = torch.empty(size, dtype=dtype, device=inputs.x.device)
             if dtype.is_floating_point:
                 space[name].fill_(float("nan"))
         out = torch.full_like(inputs.x, float("nan"))
         return lambda: launcher(inputs.x, inputs.ids, inputs.weights, space, out)
 
     return prepare, launcher
+
+
+def compile_step(job: tuple[cases.Shape, int, str, int]) -> None:
+    """Compiles what one step launches: (shape, T, name of the device, its compute capability as 90). For a process of
+    its own; what this cannot foresee is compiled when it is launched."""
+    shape, tokens, device, arch = job
+    weights = cases.make_weights(shape, "meta")
+    _, launcher = our_step(shape, weights)
+    prepare, _ = our_step(shape, weights, choose_plan(launcher.problem, device)[0])
+    with compile_only(arch):
+        prepare(cases.make_inputs(shape, tokens, 0, "meta"))()
+
+
+def compile_steps(steps: Iterable[tuple[cases.Shape, int]]) -> None:
+    """Compiles steps (shape, T) in processes beside one another, then nothing waits for a compiler."""
+    major, minor = torch.cuda.get_device_capability()
+    device = torch.cuda.get_device_name()
+    cases.compile_ahead(compile_step, [(*step, device, 10 * major + minor) for step in steps])
 
 
 def grouped_mm_step(shape: cases.Shape, weights: cases.Weights) -> Step | None:
@@ -131,7 +158,7 @@ def measure(
     candidates: dict[str, list[Callable[[], torch.Tensor]]] = {"moe-core": [prepare(s) for s in sets]}
     if with_baselines:
         for name, step in baselines(shape, weights).items():
-            if name != "transformers eager" or tokens <= 64:
+            if name != "transformers eager" or tokens == 1:
                 candidates[name] = [lambda s=s, step=step: step(s) for s in sets]
     results = []
     for name, calls in candidates.items():
@@ -254,16 +281,18 @@ def main() -> None:
     parser.add_argument("--plot", default="")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    names, sizes = arguments.shapes.split(","), [int(tokens) for tokens in arguments.tokens.split(",")]
+    compile_steps((cases.SHAPES[name], tokens) for name in names for tokens in sizes)
     copy, matmul = cases.ceilings()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {copy / 1e12:.2f} TB/s, "
           f"bf16 matmul {matmul / 1e12:.0f} TFLOP/s", flush=True)  # fmt: skip
-    shapes = {name: vars(cases.SHAPES[name]) for name in arguments.shapes.split(",")}
+    shapes = {name: vars(cases.SHAPES[name]) for name in names}
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy": copy,
                               "matmul": matmul, "shapes": shapes, "steps": [], "batched": []}  # fmt: skip
-    for name in arguments.shapes.split(","):
+    for name in names:
         shape = cases.SHAPES[name]
         weights = cases.make_weights(shape, "cuda")
-        for tokens in map(int, arguments.tokens.split(",")):
+        for tokens in sizes:
             report["steps"] += measure(shape, weights, tokens, copy, matmul, not arguments.only_ours)
         report["batched"].append(batched(shape, weights))
         del weights

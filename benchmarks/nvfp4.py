@@ -1,11 +1,12 @@
 """The NVFP4 experts' whole step on this GPU, beside the bfloat16 experts of the same sizes.
 
-    python -m benchmarks.nvfp4 [--shapes qwen3-30b,…] [--tokens 1,4,…] [--only-ours] [--json out.json]
+    python -m benchmarks.nvfp4 [--shapes qwen3-30b,…] [--tokens 1,4,…] [--batched 4,…] [--only-ours] [--json out.json]
 
 Correctness first: against float64 on the weights that `moe_core.formats` reads from the checkpoint's bytes; a wrong
 result prints no time. Floor: the larger of bytes (4-bit weights of the touched experts with their scales, x, out, ids)
 over the copy rate and FLOPs over the bfloat16 matmul rate, both measured in this run. Inputs rotate over 8 sets; T <=
-1024 is timed as a CUDA graph of all sets, larger T eagerly. T tokens · H hidden · I intermediate · E experts · K top-k.
+1024 is timed as a CUDA graph of all sets, larger T eagerly. BATCHED `[E, 1024, H]`: so many rows an expert beside the
+same rows in STANDARD format. T tokens · H hidden · I intermediate · E experts · K top-k.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ import torch
 from benchmarks import cases
 from benchmarks.experts import host_us
 from moe_core.emulated import dequantize_expert
-from moe_core.ops import ExpertsLauncher, Nvfp4ExpertsLauncher, Nvfp4Weights, pack_nvfp4_matrix
+from moe_core.ops import (
+    ExpertsLauncher,
+    Nvfp4BatchedLauncher,
+    Nvfp4ExpertsLauncher,
+    Nvfp4Weights,
+    pack_nvfp4_matrix,
+)
 from moe_core.quant import QuantSpec, ScaleFormat
 from moe_core.types import ExpertWeights, GateUpLayout
 
@@ -81,11 +88,10 @@ def prepared(launcher: Any) -> Prepare:
     """A factory of calls, one per input set: workspaces and outputs of their own, poisoned."""
 
     def prepare(inputs: cases.Inputs) -> Callable[[], torch.Tensor]:
-        space = {}
-        for name, (size, dtype) in launcher.workspace(inputs.ids.shape[0]).items():
-            space[name] = torch.empty(size, dtype=dtype, device="cuda")
-            if dtype.is_floating_point:
-                space[name].fill_(float("nan"))
+        space = space_of(launcher, inputs.ids.shape[0])
+        for tensor in space.values():
+            if tensor.is_floating_point():
+                tensor.fill_(float("nan"))
         out = torch.full_like(inputs.x, float("nan"))
         return lambda: launcher(inputs.x, inputs.ids, inputs.weights, space, out)
 
@@ -117,6 +123,44 @@ def measure(
     return row
 
 
+def space_of(launcher: Any, size: int) -> dict[str, torch.Tensor]:
+    return {n: torch.empty(s, dtype=d, device="cuda") for n, (s, d) in launcher.workspace(size).items()}
+
+
+def batched(shape: cases.Shape, weights: Nvfp4Weights, rows: int, capacity: int = 1024) -> dict[str, Any]:
+    """`[E, C, H]` with `rows` valid rows per expert, the others NaN, against the same rows in the STANDARD format."""
+    experts = shape.experts
+    x = torch.full((experts, capacity, shape.hidden), float("nan"), dtype=torch.bfloat16, device="cuda")
+    x[:, :rows] = torch.randn(experts, rows, shape.hidden, device="cuda")
+    out = torch.full_like(x, float("nan"))
+    counts = torch.full((experts,), rows, dtype=torch.int32, device="cuda")
+    launcher, standard = Nvfp4BatchedLauncher(weights), Nvfp4ExpertsLauncher(weights, top_k=1)
+    flat = x[:, :rows].reshape(-1, shape.hidden)
+    ids = torch.arange(experts, device="cuda", dtype=torch.int32).repeat_interleave(rows)[:, None].contiguous()
+    ones, flat_out = torch.ones(len(flat), 1, device="cuda"), torch.empty_like(flat)
+    space, flat_space = space_of(launcher, capacity), space_of(standard, len(flat))
+    steps = {
+        "batched_us": lambda: launcher(x, counts, space, out),
+        "standard_us": lambda: standard(flat, ids, ones, flat_space, flat_out),
+    }
+    for step in steps.values():
+        step()
+    error = cases.relative_error(out[:, :rows].reshape(flat.shape), flat_out)
+    result: dict[str, Any] = {"shape": shape.name, "capacity": capacity, "rows": rows, "error": error}
+    if error <= TOLERANCE:
+        # The weights of all experts are larger than L2, so one set of inputs does.
+        result |= {name: cases.step_us([step] * 4, 1) for name, step in steps.items()}
+    return result
+
+
+def batched_line(row: dict[str, Any]) -> str:
+    head = f"{row['shape']:>18} BATCHED [E, {row['capacity']}, H], {row['rows']} rows each"
+    if "batched_us" not in row:
+        return f"{head} WRONG: error {row['error']}"
+    ratio = row["batched_us"] / row["standard_us"]
+    return f"{head} {row['batched_us']:.1f} us, STANDARD {row['standard_us']:.1f} us, ratio {ratio:.2f}"
+
+
 def line(row: dict[str, Any]) -> str:
     head = f"{row['shape']:>18} T={row['tokens']:<6}"
     if "us" not in row:
@@ -131,6 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--tokens", default=",".join(map(str, cases.TOKENS)))
+    parser.add_argument("--batched", default="4,16,64,256", help="rows an expert; empty: none")
     parser.add_argument("--only-ours", action="store_true", help="leave the bfloat16 experts out")
     parser.add_argument("--json", default="")
     arguments = parser.parse_args()
@@ -139,7 +184,7 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {copy / 1e12:.2f} TB/s, "
           f"bf16 matmul {matmul / 1e12:.0f} TFLOP/s", flush=True)  # fmt: skip
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy": copy,
-                              "matmul": matmul, "packing_s": {}, "steps": []}  # fmt: skip
+                              "matmul": matmul, "packing_s": {}, "steps": [], "batched": []}  # fmt: skip
     for name in arguments.shapes.split(","):
         shape = cases.SHAPES[name]
         weights = checkpoint(shape)
@@ -150,9 +195,12 @@ def main() -> None:
             bf16 = cases.make_weights(shape, "cuda")
             plain = ExpertsLauncher(bf16.w13, bf16.w2, top_k=shape.top_k, activation=shape.activation)
             del bf16
-        for tokens in map(int, arguments.tokens.split(",")):
+        for tokens in map(int, filter(None, arguments.tokens.split(","))):
             report["steps"].append(measure(shape, weights, launcher, plain, tokens, copy, matmul))
             print(line(report["steps"][-1]), flush=True)
+        for rows in map(int, filter(None, arguments.batched.split(","))):
+            report["batched"].append(batched(shape, ours, rows))
+            print(batched_line(report["batched"][-1]), flush=True)
         del weights, ours, launcher, plain
         torch.cuda.empty_cache()
     if arguments.json:

@@ -13,7 +13,7 @@ import random
 import torch
 
 from benchmarks import cases
-from benchmarks.experts import TOLERANCE, checked, our_step
+from benchmarks.experts import TOLERANCE, checked, compile_steps, our_step
 
 TOKENS = (1, 3, 9, 27, 81, 243, 729, 2187, 6561)
 MAX_WEIGHTS = 24 << 30  # bytes
@@ -49,9 +49,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     generator = random.Random(arguments.seed)
+    shapes = [random_shape(generator) for _ in range(arguments.count)]
+    compile_steps((shape, tokens) for shape in shapes for tokens in TOKENS)
     copy, matmul = cases.ceilings()
-    for _ in range(arguments.count):
-        shape = random_shape(generator)
+    print(f"fraction at T = {', '.join(map(str, TOKENS))}", flush=True)
+    for shape in shapes:
         weights = cases.make_weights(shape, "cuda")
         found = [fraction(shape, weights, tokens, copy, matmul) for tokens in TOKENS]
         marks = []

@@ -82,6 +82,11 @@ class Group(Protocol):
 
     def barrier(self) -> None: ...
 
+    def await_device(self, stage: str) -> None:
+        """Wait for what the device was given, in the group's timeout; `CollectiveError` with the stage if it is not
+        done, as where a collective's partner is missing. Nothing to wait for where collectives end on the host.
+        """
+
 
 class PrepareAndFinalize(abc.ABC):
     """A dispatch backend: brings rows to experts (prepare) and results back (finalize)."""
@@ -209,6 +214,8 @@ class Experts(abc.ABC):
         self, rows: int, activation_format: ActivationFormat, weights: ExpertWeights
     ) -> Generator[Sequence[Any], Sequence[float], None]:
         """Search for the best launch parameters at a row bound; `moe-core tune` runs it.
+
+        It runs with invented times too: what it may ask for is compiled before it is measured.
 
         Yields:
             lists of launch parameters (whatever JSON can hold) to be measured. What comes back is the time of a step

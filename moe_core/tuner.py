@@ -4,17 +4,19 @@ Shape letters: T tokens · H hidden · I intermediate · E experts · K top-k.
 
 One layer with random weights is built by its plan. At each T every experts backend that may stand in the plan first
 searches its launch parameters (`Experts.launch_search`), then is compared with the truth, then timed. Each result is
-stored at once, so that an interrupted run goes on where it ended.
+stored at once, so that an interrupted run goes on where it ended. Compiling takes longer than measuring: what the
+searches will ask for is compiled by other processes meanwhile.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -25,6 +27,7 @@ from moe_core import formats
 from moe_core.answers import refusal
 from moe_core.emulated import EmulatedExperts
 from moe_core.errors import MoEError
+from moe_core.forms import made_experts, made_method
 from moe_core.interfaces import Experts
 from moe_core.kernel import MoEKernel, row_bound
 from moe_core.plugins import registry
@@ -112,6 +115,7 @@ class Tuner:
         self._tell = tell
         self._processes = processes or min(os.cpu_count() or 1, MAX_PROCESSES)
         self._pool: ProcessPoolExecutor | None = None
+        self._compiling: dict[tuple[int, str, str], Future[None]] = {}
         known = read_tuned(plan.problem)
         self.tuned = NOT_TUNED if known.complaint else known
 
@@ -137,6 +141,7 @@ class Tuner:
         routed.pack_weights()
         weights = _transposed(routed.weights) if self._transposed else routed.weights
         try:
+            self._compile_ahead(cases, weights)
             for case in cases:
                 self._measure(case, weights)
                 step()
@@ -213,7 +218,7 @@ class Tuner:
         search = experts.launch_search(case.rows, self._format, weights)
         batch = next(search, None)
         while batch is not None:
-            self._compile(candidate, batch, case.rows, weights)
+            self._wait_for_compiled(candidate, batch, case.rows)
             times = []
             for parameters in batch:
                 experts.use_launch(((case.rows, parameters),))
@@ -277,27 +282,41 @@ class Tuner:
         if not error <= right or not bool(flight.out.isfinite().all()):
             raise MoEError(f"wrong result: relative error {error:.1e}, at most {right:.0e} is right")
 
-    def _compile(self, candidate: ExpertsCandidate, batch: Sequence[Any], rows: int, weights: ExpertWeights) -> None:
-        """Compile a batch in processes beside one another; what fails there will fail again, and be noted, here."""
-        if self._device.type != "cuda" or len(batch) < 4 or self._processes < 2:
+    def _compile_ahead(self, cases: Sequence[_Case], weights: ExpertWeights) -> None:
+        """Start to compile, in processes beside one another, what the searches of all cases may ask for."""
+        if self._device.type != "cuda" or not self._search_launch or self._processes < 2:
             return
-        if self._pool is None:
-            self._pool = ProcessPoolExecutor(self._processes, multiprocessing.get_context("spawn"))
+        self._pool = ProcessPoolExecutor(self._processes, multiprocessing.get_context("spawn"))
         problem, shapes = self.plan.problem, _described(weights)
-        jobs = [(candidate.name, problem, parameters, rows, self._format, shapes) for parameters in batch]
+        for case, candidate in itertools.product(cases, self.rivals):
+            if self._point(case.rows).knows(candidate.label):
+                continue
+            for parameters in _rehearsed(_make(candidate, self.plan), case.rows, self._format, weights):
+                job = (candidate.name, problem, parameters, case.rows, self._format, shapes)
+                key = case.rows, candidate.label, repr(parameters)
+                self._compiling[key] = self._pool.submit(_compile_one, job)
+        if self._compiling:
+            self._tell(f"compiling {len(self._compiling)} sets of launch parameters in {self._processes} processes")
+
+    def _wait_for_compiled(self, candidate: ExpertsCandidate, batch: Sequence[Any], rows: int) -> None:
+        """Until a batch is compiled; what failed there will fail again, and be noted, where it is measured."""
+        here = {key[2]: future for key, future in self._compiling.items() if key[:2] == (rows, candidate.label)}
+        asked = {repr(parameters) for parameters in batch}
+        # Not foreseen: another combination of kernels that are being compiled, all but a few.
+        wanted = [here[key] for key in asked] if asked <= here.keys() else here.values()
         try:
-            for _ in self._pool.map(_compile_one, jobs, chunksize=2):
-                pass
+            for future in wanted:
+                future.result()
         except BrokenProcessPool:
             self._tell("a compiling process died; from here on, kernels are compiled as they are measured")
-            self._processes = 1
+            self._compiling.clear()
 
     def _make_layer(self) -> RoutedExperts:
         """Random weights of unit gain, loaded as a checkpoint's would be; not packed yet."""
         config, problem = self.plan.config, self.plan.problem
         if self._transposed and self.plan.scheme != UNQUANTIZED:
             raise MoEError(f"transposed weights of scheme {self.plan.scheme.name}: only unquantized ones can be")
-        method = registry().find("quant_methods", self.plan.scheme.name).factory()
+        method = made_method(registry().find("quant_methods", self.plan.scheme.name))
         routed = RoutedExperts(self.plan, method, self._device)
         hidden, inner = config.experts_hidden_size, problem.local_intermediate_size
         shapes: dict[str, tuple[int, ...]] = {"up": (inner, hidden), "down": (hidden, inner)}
@@ -344,8 +363,8 @@ class Tuner:
 
 
 def _make(candidate: ExpertsCandidate, plan: Plan) -> Experts:
-    experts: Experts = candidate.factory(plan.config, plan.problem.parallel, plan.scheme, None, plan.config.placement)
-    return experts
+    arguments = (plan.config, plan.problem.parallel, plan.scheme, None, plan.config.placement)
+    return made_experts(candidate, arguments)
 
 
 def _searches(experts: Experts) -> bool:
@@ -390,17 +409,32 @@ def _described(weights: ExpertWeights) -> dict[str, Any]:
     }
 
 
+def _rehearsed(experts: Experts, rows: int, activation_format: ActivationFormat, weights: ExpertWeights) -> list[Any]:
+    """What a search may ask for: all that it does when the first of each batch is the fastest, and when the last is."""
+    found: dict[str, Any] = {}
+    for direction in (1.0, -1.0) if _searches(experts) else ():
+        try:
+            search = experts.launch_search(rows, activation_format, weights)
+            batch = next(search)
+            while True:
+                found |= {repr(parameters): parameters for parameters in batch}
+                batch = search.send([1000.0 + direction * place for place in range(len(batch))])
+        except Exception:  # noqa: BLE001 - its end, or what it will raise again where its backend is measured
+            continue
+    return list(found.values())
+
+
 def _compile_one(job: tuple[Any, ...]) -> None:
     """In a process of its own: compile one set of launch parameters."""
     name, problem, parameters, rows, activation_format, described = job
     device: Device = problem.device
-    candidate = registry().find("experts", name)
-    experts = candidate.factory(problem.config, problem.parallel, problem.scheme, None, problem.config.placement)
+    arguments = (problem.config, problem.parallel, problem.scheme, None, problem.config.placement)
+    experts = made_experts(registry().find("experts", name), arguments)
     fields: dict[str, Any] = {
         key: torch.empty_strided(value[0], value[1], dtype=value[2], device="meta") if type(value) is tuple else value
         for key, value in described.items()
     }
     try:
         experts.compile_launch(parameters, rows, activation_format, ExpertWeights(**fields), device)
-    except Exception:  # noqa: BLE001 - see `Tuner._compile`
+    except Exception:  # noqa: BLE001 - see `Tuner._wait_for_compiled`
         return

@@ -52,6 +52,7 @@ class GemmShape:
         own_rows: rows are a workspace, known to suit a tensor map.
         out: how the result is quantized: None, "group" or "expert".
         split: tiles of this GEMM that make one of the list's.
+        pdl, early: as in `Fp8GroupedConfig`.
     """
 
     up: bool
@@ -60,6 +61,7 @@ class GemmShape:
     out: str | None
     split: int
     pdl: bool
+    early: bool
 
 
 class TiledGemm:
@@ -95,7 +97,7 @@ class TiledGemm:
             "DTYPE": triton_dtype(dtype), "MAPS": tile.tma, "TMA_A": self._map_rows, "GATHER": shape.gather,
             "OUT": shape.out, "SPLIT": shape.split, "BM": tile.block_m, "BM_SMALL": tile.small_m or tile.block_m,
             "BN": tile.block_n, "BK": tile.block_k, "STAGES": tile.stages, "GROUP": tile.group,
-            "PERSISTENT": tile.persistent > 0, "PDL": shape.pdl, **own,
+            "PERSISTENT": tile.persistent > 0, "PDL": shape.pdl, "EARLY": shape.early, **own,
         }  # fmt: skip
         self._launch = KernelLaunch(fp8_gemm_kernel, constants, warps=tile.warps, stages=tile.stages, pdl=shape.pdl)
 

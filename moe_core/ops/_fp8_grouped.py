@@ -39,10 +39,11 @@ class Fp8Gemms:
         self._prepare_quantizers(config.pdl)
         self._up = gemm(weights, problem, up, GemmShape(
             up=True, gather=not batched and not spec.by_expert, own_rows=spec.by_expert, out=out, split=1,
-            pdl=config.pdl,
+            pdl=config.pdl, early=config.early,
         ), dtype)  # fmt: skip
         self._down = gemm(weights, problem, config.down, GemmShape(
-            up=False, gather=False, own_rows=True, out=None, split=up.block_m // config.down.block_m, pdl=config.pdl
+            up=False, gather=False, own_rows=True, out=None, split=up.block_m // config.down.block_m,
+            pdl=config.pdl, early=config.early,
         ), dtype)  # fmt: skip
 
     def _prepare_quantizers(self, pdl: bool) -> None:
@@ -52,8 +53,7 @@ class Fp8Gemms:
         self._rows_13 = self._rows_2 = self._expert_13 = self._expert_2 = self._scales_13 = self._scales_2 = None
         if spec.activations in ("group", "row"):
             options = {"by_group": spec.activations == "group", "power_of_two": spec.power_of_two}
-            beside = not batched and problem.capability >= (9, 0)
-            self._rows_13 = QuantizeRows(hidden, **options, pdl=pdl or beside, beside=beside)
+            self._rows_13 = QuantizeRows(hidden, **options, pdl=pdl, beside=pdl and not batched)
             self._rows_2 = QuantizeRows(inner, **options, pdl=pdl)
         elif spec.activations == "static":
             stride = weights.halves("input13")[0].stride(0)
@@ -132,8 +132,7 @@ class Fp8GroupedRunner:
 
     def __init__(self, weights: Fp8Weights, problem: ExpertsProblem, config: Fp8GroupedConfig, dtype: torch.dtype):
         self._problem, self._block_m = problem, config.up.block_m
-        # Also where the GEMMs do without programmatic launch: the quantizer of x then runs beside the sort.
-        self._align = AlignLaunch(problem, config.up.block_m, config.pdl or problem.capability >= (9, 0))
+        self._align = AlignLaunch(problem, config.up.block_m, config.pdl)
         self._gemms = Fp8Gemms(weights, problem, config, dtype, batched=False)
         self._reduce = ReduceLaunch(problem, False, config.pdl)
 
@@ -164,7 +163,7 @@ class Fp8BatchedRunner:
         self._experts, self._block_m = problem.num_experts, config.up.block_m
         constants = {
             "E": problem.num_experts, "EP": 1 << (problem.num_experts - 1).bit_length(), "BM": config.up.block_m,
-            "PDL": config.pdl,
+            "FEW": 0, "PDL": config.pdl,
         }  # fmt: skip
         self._tiles = KernelLaunch(batched_tiles_kernel, constants, warps=4, pdl=config.pdl)
         self._gemms = Fp8Gemms(weights, problem, config, dtype, batched=True)

@@ -37,18 +37,23 @@ class Fp8SpecializedConfig:
     """A GEMM with loading warps (see `_kernels/fp8_specialized.py`); its tiles are 128 × 256."""
 
     stages: int = 4
-    group: int = 8
+    group: int = 4
     block_m: int = 128
     warps: int = 4
 
 
 @dataclass(frozen=True)
 class Fp8GroupedConfig:
-    """The align kernel cuts rows into tiles of up.block_m; the down GEMM may cut these further."""
+    """The align kernel cuts rows into tiles of up.block_m; the down GEMM may cut these further.
+
+    `pdl`: programmatic launch: a kernel comes beside the last programs of the one before it, or, `early`, beside its
+    first ones: waiting programs hold shared memory, which many tiles need themselves.
+    """
 
     up: TileConfig | Fp8SpecializedConfig
     down: TileConfig | Fp8SpecializedConfig
     pdl: bool = True
+    early: bool = True
     path: str = "grouped"
 
     def __post_init__(self) -> None:
@@ -93,7 +98,9 @@ def _path_config(problem: ExpertsProblem, spec: Fp8Format, num_tokens: int, plai
         return grouped_config(problem, spec, rows, plain)
     if num_tokens <= 8 and slots <= 1.25 * distinct_experts(problem, num_tokens):
         return by_slot_config(problem)
-    if slots <= MAX_SCAN_SLOTS and rows <= 8:
+    # Rows of weights that do not end with a line of 128 bytes cost the scan 8 to 10 %, tensor maps nothing (gpt-oss).
+    ragged = problem.hidden_size % 128 > 0 or problem.intermediate_size % 128 > 0
+    if slots <= MAX_SCAN_SLOTS and rows <= 8 and not (ragged and problem.capability >= (9, 0)):
         return scan_config(problem)
     return grouped_config(problem, spec, rows, plain)
 
@@ -126,12 +133,15 @@ def scan_config(problem: ExpertsProblem) -> ScanConfig:
 def grouped_config(problem: ExpertsProblem, spec: Fp8Format, rows: float, plain: bool) -> Fp8GroupedConfig:
     """`rows`: mean rows per expert; `plain` as for `fp8_config`."""
     tma = problem.capability >= (9, 0)
+    early = rows <= 24
     if spec.activations is None:
         tile = TileConfig(16 if rows <= 12 else 64, 64, 128, 4, 3, tma=tma)
-        return Fp8GroupedConfig(tile, replace(tile, block_n=128), pdl=rows <= 24)
+        return Fp8GroupedConfig(tile, replace(tile, block_n=128), early=early)
     if problem.capability[0] not in ROOMY:
         tile = TileConfig(32 if rows <= 24 else 64, 64, 128, 4, 3, tma=tma)
-        return Fp8GroupedConfig(tile, tile, pdl=rows <= 24)
+        return Fp8GroupedConfig(tile, tile, early=early)
+    if rows <= 8:
+        return _low_tiles(problem, tma)
     if rows <= 24:
         tile = TileConfig(32, 64, 128, 4, 5, tma=tma)
         if problem.intermediate_size < 2048:
@@ -140,11 +150,22 @@ def grouped_config(problem: ExpertsProblem, spec: Fp8Format, rows: float, plain:
     # From here on one height of tiles: a kernel with two of them lost more registers than the smaller tiles saved.
     down = TileConfig(64, 128, 128, 4, 3, tma=tma)
     if rows < MANY_ROWS or problem.capability[0] != 9 or not plain:
-        return Fp8GroupedConfig(TileConfig(64, 128, 128, 8, 5, tma=tma), down, pdl=False)
-    wide = Fp8SpecializedConfig(group=4)
+        return Fp8GroupedConfig(TileConfig(64, 128, 128, 8, 5, tma=tma), down, early=False)
+    # With few tiles a group that divides the number of programs gives some of them all the short ones: at 16 tiles 4
+    # took 984 us, 7 took 918 (Mixtral, 1024 tokens). At 256 tiles 4 was 3 % faster than 8 (Qwen3-30B, 4096 tokens).
+    few = problem.num_experts * rows < 32 * Fp8SpecializedConfig.block_m
+    wide = Fp8SpecializedConfig(group=7 if few else 4)
     # Two input scales for gate and up, should they differ, are for the plain kernel.
     up = TileConfig(128, 128, 128, 8, 3, tma=tma) if spec.activations == "static" else wide
-    return Fp8GroupedConfig(up, wide, pdl=False)
+    return Fp8GroupedConfig(up, wide, early=False)
+
+
+def _low_tiles(problem: ExpertsProblem, tma: bool) -> Fp8GroupedConfig:
+    """16 rows: 2 % less time than with 32 at 2 rows an expert (DeepSeek-V3, TP 8, 64 tokens), nothing at 4 (Qwen3)."""
+    if problem.intermediate_size >= 2048:
+        return Fp8GroupedConfig(TileConfig(16, 32, 128, 4, 6, tma=tma), TileConfig(16, 64, 128, 4, 5, tma=tma))
+    stages = 3 if problem.intermediate_size < 512 else 4
+    return Fp8GroupedConfig(TileConfig(16, 64, 128, 4, 5, tma=tma), TileConfig(16, 128, 128, 4, stages, tma=tma))
 
 
 def fp8_batched_config(problem: ExpertsProblem, spec: Fp8Format, capacity: int) -> Fp8GroupedConfig:
@@ -152,7 +173,9 @@ def fp8_batched_config(problem: ExpertsProblem, spec: Fp8Format, capacity: int) 
     config = grouped_config(problem, spec, min(capacity, MANY_ROWS - 1), plain=False)
     assert isinstance(config.up, TileConfig) and isinstance(config.down, TileConfig)
     up = replace(config.up, persistent=1 if config.up.warps == 8 else 2)
-    return Fp8GroupedConfig(up, replace(config.down, persistent=2), pdl=config.pdl and problem.capability >= (9, 0))
+    return Fp8GroupedConfig(
+        up, replace(config.down, persistent=2), pdl=problem.capability >= (9, 0), early=config.early
+    )
 
 
 def _power_of_2(n: int) -> int:

@@ -92,10 +92,14 @@ class GroupedGemms:
         self.weights, self.problem, self.config = weights, problem, config
         up, down = config.up, config.down
         self._w13 = up_map(weights, problem.w13_unit, up) if up.tma else weights.w13
-        self._up = self._launch(
-            up, stride_constants(weights.w13), weights.activation_constants(), problem.hidden_size,
-            problem.intermediate_size, problem.w13_unit, gather=not batched, weighted=weight_on_input,
-        )  # fmt: skip
+        self._up = {
+            mapped: self._launch(
+                up, stride_constants(weights.w13), weights.activation_constants(), problem.hidden_size,
+                problem.intermediate_size, problem.w13_unit, gather=not batched, weighted=weight_on_input,
+                mapped=mapped,
+            )
+            for mapped in (False, True)
+        }  # fmt: skip
         self._alternating: AlternatingDown | None = None
         if isinstance(down, AlternatingConfig):
             self._alternating = AlternatingDown(weights, problem, down)
@@ -104,12 +108,14 @@ class GroupedGemms:
         self._down = self._launch(
             down, stride_constants(weights.w2), _NO_ACTIVATION, problem.intermediate_size, problem.hidden_size,
             problem.w2_unit, gather=False, weighted=False,
+            mapped=down.tma and problem.intermediate_size * problem.itemsize % 16 == 0,
         )  # fmt: skip
 
     def _launch(
         self, tile: TileConfig, strides: dict[str, int], activation: dict[str, Any], length: int, columns: int,
-        unit: str, *, gather: bool, weighted: bool,
+        unit: str, *, gather: bool, weighted: bool, mapped: bool,
     ) -> KernelLaunch:  # fmt: skip
+        """`mapped`: rows of a come through a tensor map."""
         from moe_core.ops._kernels.grouped import grouped_gemm_kernel
 
         split = self.config.up.block_m // tile.block_m
@@ -118,7 +124,7 @@ class GroupedGemms:
         constants = {
             "LEN": length, "N": columns, "K": self.problem.top_k, **strides, **activation, "GATHER": gather,
             "WEIGHTED": weighted, "PRECISION": "ieee",
-            "TMA_A": tile.tma and not gather and length * self.problem.itemsize % 16 == 0,
+            "TMA_A": mapped,
             "TMA_W": unit if tile.tma else "", "BM": tile.block_m, "BM_SMALL": tile.small_m or tile.block_m,
             "BN": tile.block_n, "BK": tile.block_k, "STAGES": tile.stages, "GROUP": tile.group,
             "TALL": tile.tall and split == 1 and not pair,
@@ -132,9 +138,10 @@ class GroupedGemms:
             programs = min(programs, tile.persistent * self.problem.num_sms)
         return (programs, 1, 1)
 
-    def _maps(self, tile: TileConfig, rows: torch.Tensor, unit_rows: bool) -> tuple[Any, Any]:
-        """Tensor maps of the activation rows, of both tile heights, or (None, None)."""
-        if not (tile.tma and unit_rows and rows.shape[1] * rows.element_size() % 16 == 0):
+    def _maps(self, tile: TileConfig, rows: torch.Tensor) -> tuple[Any, Any]:
+        """Tensor maps of rows at one stride, of both tile heights, or (None, None)."""
+        odd = rows.data_ptr() | rows.stride(0) * rows.element_size() | rows.shape[1] * rows.element_size()
+        if not tile.tma or odd % 16:
             return None, None
         large = tensor_map(rows, [tile.block_m, tile.block_k])
         small = tile.small_m and tile.small_m < tile.block_m
@@ -143,27 +150,29 @@ class GroupedGemms:
     def __call__(
         self, x: torch.Tensor, out: torch.Tensor, router_weights: torch.Tensor | None,
         workspace: dict[str, torch.Tensor], num_tiles: torch.Tensor | None, max_tiles: int, key: Any,
+        shifts: tuple[int, int] = (0, 0),
     ) -> None:  # fmt: skip
-        """x rows -> act -> out rows; in the batched format x and out are `[E_l * C, H]` views."""
+        """x rows -> act -> out rows; in the batched format row e * C + i of x and out is as many strides away from the
+        first one, and e times the `shifts` (of x, of out)."""
         weights, problem, config = self.weights, self.problem, self.config
         act = workspace["act"]
         slot_of_row = workspace.get("slot_of_row")
         tiles = (workspace["row_end"], workspace["tile_expert"], workspace["tile_row"])
-        x_map, x_map_small = self._maps(config.up, x, unit_rows=slot_of_row is None)
-        self._up(
+        x_map, x_map_small = (None, None) if slot_of_row is not None or shifts[0] else self._maps(config.up, x)
+        self._up[x_map is not None](
             self._grid(config.up, max_tiles, problem.intermediate_size), key,
             x, x_map, x_map_small, self._w13, weights.bias13, act, slot_of_row, *tiles, router_weights, num_tiles,
-            max_tiles, x.stride(0), problem.intermediate_size,
+            max_tiles, x.stride(0), problem.intermediate_size, shifts[0], 0,
         )  # fmt: skip
         if self._alternating is not None:
             self._alternating(act, out, workspace["row_end"], key)
             return
         assert isinstance(config.down, TileConfig)
-        act_map, act_map_small = self._maps(config.down, act, unit_rows=True)
+        act_map, act_map_small = self._maps(config.down, act)
         self._down(
             self._grid(config.down, max_tiles, problem.hidden_size), key,
             act, act_map, act_map_small, self._w2, weights.bias2, out, slot_of_row, *tiles, None, num_tiles,
-            max_tiles, problem.intermediate_size, out.stride(0),
+            max_tiles, problem.intermediate_size, out.stride(0), 0, shifts[1],
         )  # fmt: skip
 
 
@@ -212,7 +221,9 @@ class GroupedRunner:
 
     def __init__(self, weights: LayerWeights, problem: ExpertsProblem, config: GroupedConfig, weight_on_input: bool):
         self._num_experts, self._block_m = problem.num_experts, config.up.block_m
-        self._align = AlignLaunch(problem, config.up.block_m, config.pdl, config.up.small_m if config.up.tall else 0)
+        self._keep_x = config.keep_x
+        short = config.up.small_m if config.up.tall else 0
+        self._align = AlignLaunch(problem, config.up.block_m, config.pdl, short, config.keep_x)
         self._gemms = GroupedGemms(weights, problem, config, weight_on_input=weight_on_input, batched=False)
         self._reduce = ReduceLaunch(problem, weight_on_input, config.pdl)
 
@@ -231,7 +242,7 @@ class GroupedRunner:
             pointers |= buffer.data_ptr()
         if pointers % 16 == 0 and (num_rows is None or num_rows.data_ptr() % 16 == 0):
             key = (x.stride(0), ids.dtype, num_rows is None)
-        self._align(ids, num_rows, workspace, key)
+        self._align(ids, num_rows, workspace, key, x if self._keep_x else None)
         tiles = align_tiles(ids.numel(), self._num_experts, self._block_m)
         self._gemms(x, workspace["y"], router_weights, workspace, None, tiles, key)
         self._reduce(workspace["y"], ids, router_weights, workspace["row_of_slot"], num_rows, out)

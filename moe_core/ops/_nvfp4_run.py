@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from moe_core.ops._align import AlignLaunch
-from moe_core.ops._launch import ExpertsProblem, align_tiles
+from moe_core.ops._grouped import _row_pieces, gluon_map
+from moe_core.ops._launch import MAX_ALTERNATING, AlternatingConfig, ExpertsProblem, align_tiles
 from moe_core.ops._nvfp4_launch import (
     COLUMNS_PER_BLOCK,
     MAX_LIST_SLOTS,
     SHORTEST,
+    GemmTile,
+    Nvfp4BatchedConfig,
     Nvfp4Config,
     Nvfp4GemmConfig,
     Nvfp4RowsConfig,
     Nvfp4SlotsConfig,
     WarpsConfig,
+    alternating_fits,
 )
 from moe_core.ops._reduce import ReduceLaunch
 from moe_core.ops._runtime import KernelLaunch
@@ -68,11 +72,12 @@ class Slots:
         sizes = {"H": hidden, "I": inner, "K": top_k, "WEIGHT_ON_INPUT": weight_on_input, "PDL": config.pdl}
         self._up = _launch(
             nvfp4_slots_up_kernel, config.up, {**sizes, **weights.activation.constants()},
-            DEPTH=min(config.up.depth, _steps(hidden, 1, config.up)), pdl=config.pdl,
+            DEPTH=min(config.up.depth, _steps(hidden, 1, config.up)), TOGETHER=config.up.together, pdl=config.pdl,
         )  # fmt: skip
         self._down = _launch(
             nvfp4_slots_down_kernel, config.down, sizes,
-            DEPTH=min(config.down.depth, _steps(inner, top_k, config.down)), pdl=config.pdl,
+            DEPTH=min(config.down.depth, _steps(inner, top_k, config.down)), TOGETHER=config.down.together,
+            pdl=config.pdl,
         )  # fmt: skip
 
     def __call__(
@@ -98,7 +103,7 @@ class Slots:
 
 
 class RowsGemms:
-    """Both products over each expert's rows."""
+    """Both products over each expert's rows; `few` > 0: over those of experts that have no more."""
 
     def __init__(
         self,
@@ -108,6 +113,7 @@ class RowsGemms:
         *,
         weight_on_input: bool,
         batched: bool,
+        few: int = 0,
     ):
         from moe_core.ops._kernels.nvfp4_rows import nvfp4_rows_kernel
 
@@ -119,14 +125,14 @@ class RowsGemms:
             for rows, warps in ((up_rows, config.up), (hidden, config.down))
         )
         common = {"K": problem.top_k, "BATCHED": batched, "WEIGHT_ON_INPUT": weight_on_input, "NT": config.eights,
-                  "PDL": config.pdl, **weights.activation.constants()}  # fmt: skip
+                  "FEW": few, "PDL": config.pdl, **weights.activation.constants()}  # fmt: skip
         self._up = _launch(
             nvfp4_rows_kernel, config.up, {**common, "LEN": hidden, "R": up_rows, "N": inner, "UP": True},
-            RT=config.up.tiles, pdl=config.pdl,
+            RT=config.up.tiles, FENCED=config.up.fenced, pdl=config.pdl,
         )  # fmt: skip
         self._down = _launch(
             nvfp4_rows_kernel, config.down, {**common, "LEN": inner, "R": hidden, "N": hidden, "UP": False},
-            RT=config.down.tiles, pdl=config.pdl,
+            RT=config.down.tiles, FENCED=config.down.fenced, pdl=config.pdl,
         )  # fmt: skip
 
     def __call__(
@@ -139,15 +145,17 @@ class RowsGemms:
         out: torch.Tensor,
         capacity: int,
         key: Hashable,
+        shifts: tuple[int, int] = (0, 0),
     ) -> None:
+        """`shifts`: those of x and out, as in `GroupedGemms`."""
         weights = self._weights
         self._up(
             self._grids[0], key, x, slot_of_row, row_end, router_weights, weights.w13, self._bytes[0],
-            weights.w13_global, weights.bias13, act, capacity, x.stride(0), self._inner,
+            weights.w13_global, weights.bias13, act, capacity, x.stride(0), self._inner, shifts[0], 0,
         )  # fmt: skip
         self._down(
             self._grids[1], key, act, slot_of_row, row_end, router_weights, weights.w2, self._bytes[1],
-            weights.w2_global, weights.bias2, out, capacity, self._inner, out.stride(0),
+            weights.w2_global, weights.bias2, out, capacity, self._inner, out.stride(0), 0, shifts[1],
         )  # fmt: skip
 
 
@@ -197,29 +205,17 @@ class Gemm:
     """Five launches: permute, align, both products, reduce. Until y is written, its place holds the permuted x."""
 
     def __init__(self, config: Nvfp4GemmConfig, weights: Nvfp4Weights, problem: ExpertsProblem, weight_on_input: bool):
-        from moe_core.ops._kernels.nvfp4_gemm import nvfp4_gemm_kernel
         from moe_core.ops._kernels.nvfp4_prepare import nvfp4_permute_kernel
 
-        hidden, inner, up_rows = problem.hidden_size, problem.intermediate_size, weights.w13.shape[1]
-        if min(hidden, inner) < SHORTEST:
-            raise ValueError(f"Nvfp4GemmConfig needs H and I of at least {SHORTEST}, not {hidden} and {inner}")
         self._weights, self._problem, self._config = weights, problem, config
-        self._bytes = (weights.w13_scale.view(torch.uint8), weights.w2_scale.view(torch.uint8))
-        self._permute = KernelLaunch(nvfp4_permute_kernel, {"H": hidden, "BT": 8, "BH": 512}, warps=4)
+        self._permute = KernelLaunch(nvfp4_permute_kernel, {"H": problem.hidden_size, "BT": 8, "BH": 512}, warps=4)
         self._align = AlignLaunch(problem, config.up.block_n, pdl=False)
-        common = {"K": problem.top_k, "WEIGHT_ON_INPUT": weight_on_input, **weights.activation.constants()}
-        self._up, self._down = (
-            KernelLaunch(
-                nvfp4_gemm_kernel,
-                {**common, **sizes, "BN": tile.block_n, "STAGES": tile.stages, "GROUP": tile.group,
-                 "SPLIT": config.up.block_n // tile.block_n},
-                warps=8,
-            )
-            for tile, sizes in (
-                (config.up, {"LEN": hidden, "R": up_rows, "N": inner, "UP": True, "GATHER": True}),
-                (config.down, {"LEN": inner, "R": hidden, "N": hidden, "UP": False, "GATHER": False}),
-            )
-        )  # fmt: skip
+        self._up = _UpGemm(config.up, weights, problem, weight_on_input=weight_on_input, gather=True)
+        self._down: _DownGemm | _AlternatingDown
+        if isinstance(config.down, AlternatingConfig):
+            self._down = _AlternatingDown(config.down, weights, problem)
+        else:
+            self._down = _DownGemm(config.down, weights, problem, config.up.block_n // config.down.block_n)
         self._reduce = ReduceLaunch(problem, weight_on_input, pdl=False)
 
     def __call__(
@@ -231,30 +227,112 @@ class Gemm:
         out: torch.Tensor,
         num_rows: torch.Tensor | None,
     ) -> None:
-        weights, problem, config = self._weights, self._problem, self._config
-        hidden, inner, tokens = problem.hidden_size, problem.intermediate_size, x.shape[0]
-        y, act = workspace["y"], workspace["act"]
+        hidden, tokens, y, act = self._problem.hidden_size, x.shape[0], workspace["y"], workspace["act"]
         key = _key(num_rows, x, out, ids, router_weights, *workspace.values())
         self._permute((-(-tokens // 8), -(-hidden // 512), 1), key, x, y, tokens, x.stride(0))
         self._align(ids, num_rows, workspace, key)
-        tiles = align_tiles(ids.numel(), problem.num_experts, config.up.block_n)
-        lists = (workspace["slot_of_row"], workspace["row_end"], workspace["tile_expert"], workspace["tile_row"])
-        self._up(
-            (tiles * -(-weights.w13.shape[1] // 128), 1, 1), key, y, *lists, router_weights, weights.w13,
-            self._bytes[0], weights.w13_global, weights.bias13, act, tiles, hidden, inner,
-        )  # fmt: skip
-        self._down(
-            (tiles * (config.up.block_n // config.down.block_n) * -(-hidden // 128), 1, 1), key, act, *lists,
-            router_weights, weights.w2, self._bytes[1], weights.w2_global, weights.bias2, y, tiles, inner, hidden,
-        )  # fmt: skip
+        tiles = align_tiles(ids.numel(), self._problem.num_experts, self._config.up.block_n)
+        lists = (workspace["slot_of_row"], workspace["row_end"], workspace["tile_expert"], workspace["tile_row"], None)
+        after = self._weights.w2_global if isinstance(self._down, _AlternatingDown) else None
+        self._up(y, hidden, lists, router_weights, after, act, tiles, key)
+        self._down(act, lists, y, hidden, tiles, key)
         self._reduce(y, ids, router_weights, workspace["row_of_slot"], num_rows, out)
 
 
-class BatchedRows:
-    """Two launches."""
+Lists = tuple["torch.Tensor | None", torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"]
+"""slot_of_row, row_end, tile_expert, tile_row and, if tiles are counted on the device, num_tiles."""
 
-    def __init__(self, config: Nvfp4RowsConfig, weights: Nvfp4Weights, problem: ExpertsProblem):
-        self._gemms = RowsGemms(config, weights, problem, weight_on_input=False, batched=True)
+
+class _UpGemm:
+    def __init__(
+        self, tile: GemmTile, weights: Nvfp4Weights, problem: ExpertsProblem, *, weight_on_input: bool, gather: bool
+    ):
+        self._weights, self._inner, self._rows = weights, problem.intermediate_size, weights.w13.shape[1]
+        self._scale = weights.w13_scale.view(torch.uint8)
+        self._launch = _gemm(
+            tile, problem, {**weights.activation.constants(), "WEIGHT_ON_INPUT": weight_on_input},
+            LEN=problem.hidden_size, R=self._rows, N=self._inner, UP=True, GATHER=gather, SPLIT=1,
+        )  # fmt: skip
+
+    def __call__(
+        self, x: torch.Tensor, stride_x: int, lists: Lists, router_weights: torch.Tensor | None,
+        after: torch.Tensor | None, act: torch.Tensor, tiles: int, key: Hashable, programs: int = 0, shift_x: int = 0,
+    ) -> None:  # fmt: skip
+        """`after`: w2's global scales, if act is to carry them. `programs`: at most so many walk the tiles."""
+        weights, grid = self._weights, tiles * -(-self._rows // 128)
+        self._launch(
+            (min(grid, programs or grid), 1, 1), key, x, *lists, router_weights, weights.w13, self._scale,
+            weights.w13_global, after, weights.bias13, act, tiles, stride_x, self._inner, shift_x, 0,
+        )  # fmt: skip
+
+
+class _DownGemm:
+    """`split` of its tiles make one of the list's."""
+
+    def __init__(self, tile: GemmTile, weights: Nvfp4Weights, problem: ExpertsProblem, split: int):
+        self._weights, self._inner, self._hidden = weights, problem.intermediate_size, problem.hidden_size
+        self._scale, self._split = weights.w2_scale.view(torch.uint8), split
+        self._launch = _gemm(
+            tile, problem, {**weights.activation.constants(), "WEIGHT_ON_INPUT": False}, LEN=self._inner,
+            R=self._hidden, N=self._hidden, UP=False, GATHER=False, SPLIT=split,
+        )  # fmt: skip
+
+    def __call__(
+        self, act: torch.Tensor, lists: Lists, out: torch.Tensor, stride_out: int, tiles: int, key: Hashable,
+        programs: int = 0, shift_out: int = 0,
+    ) -> None:  # fmt: skip
+        weights, grid = self._weights, tiles * self._split * -(-self._hidden // 128)
+        self._launch(
+            (min(grid, programs or grid), 1, 1), key, act, *lists, None, weights.w2, self._scale, weights.w2_global,
+            None, weights.bias2, out, tiles, self._inner, stride_out, 0, shift_out,
+        )  # fmt: skip
+
+
+def _gemm(tile: GemmTile, problem: ExpertsProblem, constants: dict[str, Any], **sizes: Any) -> KernelLaunch:
+    from moe_core.ops._kernels.nvfp4_gemm import nvfp4_gemm_kernel
+
+    if min(problem.hidden_size, problem.intermediate_size) < SHORTEST:
+        raise ValueError(
+            f"GemmTile needs H and I of at least {SHORTEST}, not {problem.hidden_size} and {problem.intermediate_size}"
+        )
+    own = {"K": problem.top_k, "BN": tile.block_n, "STAGES": tile.stages, "GROUP": tile.group}
+    if tile.registers:
+        own["maxnreg"] = tile.registers
+    return KernelLaunch(nvfp4_gemm_kernel, {**constants, **own, **sizes}, warps=8)
+
+
+class _AlternatingDown:
+    """One program a multiprocessor, for short I (see `_kernels/nvfp4_alternating.py`)."""
+
+    def __init__(self, config: AlternatingConfig, weights: Nvfp4Weights, problem: ExpertsProblem):
+        from moe_core.ops._kernels.nvfp4_alternating import nvfp4_alternating_kernel
+
+        hidden, inner = problem.hidden_size, problem.intermediate_size
+        if not alternating_fits(problem):
+            raise ValueError(f"AlternatingConfig: I = {inner} is not a power of 2 up to {MAX_ALTERNATING}")
+        self._weights, self._inner, self._scale = weights, inner, weights.w2_scale.view(torch.uint8)
+        self._grid = (min(problem.num_sms, -(-hidden // config.block_n) * problem.num_experts), 1, 1)
+        constants = {
+            "H": hidden, "E": problem.num_experts, "I": inner, "BN": config.block_n, "W_STAGES": config.weight_stages,
+            "A_STAGES": config.row_stages, "LAYOUT": _row_pieces(config.block_n),
+        }  # fmt: skip
+        self._launch = KernelLaunch(nvfp4_alternating_kernel, constants, warps=4)
+
+    def __call__(
+        self, act: torch.Tensor, lists: Lists, out: torch.Tensor, stride_out: int, tiles: int, key: Hashable,
+    ) -> None:  # fmt: skip
+        weights = self._weights
+        self._launch(
+            self._grid, key, gluon_map(act, [64, self._inner]), weights.w2, self._scale, weights.bias2, out, lists[1]
+        )
+
+
+class Batched:
+    """Two launches, and four more if C is large; until out is written, it holds the permuted x of experts with many."""
+
+    def __init__(self, config: Nvfp4BatchedConfig, weights: Nvfp4Weights, problem: ExpertsProblem):
+        self._rows = RowsGemms(config.rows, weights, problem, weight_on_input=False, batched=True, few=config.few)
+        self._gemms = None if config.tile is None else _BatchedGemms(config.tile, config.few, weights, problem)
 
     def __call__(
         self,
@@ -263,10 +341,57 @@ class BatchedRows:
         workspace: Mapping[str, torch.Tensor],
         out: torch.Tensor,
         capacity: int,
+        shifts: tuple[int, int],
     ) -> None:
-        act = workspace["act"]
-        key = _key(None, x, out, tokens_per_expert, act)
-        self._gemms(x, None, tokens_per_expert, None, act, out, capacity, key)
+        key = _key(None, x, out, tokens_per_expert, *workspace.values())
+        if key is not None:
+            key = (key, *shifts)
+        self._rows(x, None, tokens_per_expert, None, workspace["act"], out, capacity, key, shifts)
+        if self._gemms is not None:
+            self._gemms(x, tokens_per_expert, workspace, out, capacity, key, shifts)
+
+
+class _BatchedGemms:
+    """Four launches: list tiles, permute, both products. Programs walk the tiles, so idle capacity costs nothing."""
+
+    def __init__(self, tile: GemmTile, few: int, weights: Nvfp4Weights, problem: ExpertsProblem):
+        from moe_core.ops._kernels.align import batched_tiles_kernel
+        from moe_core.ops._kernels.nvfp4_prepare import nvfp4_permute_batched_kernel
+
+        experts, hidden = problem.num_experts, problem.hidden_size
+        self._problem, self._tile, self._programs = problem, tile, 2 * problem.num_sms
+        self._list = KernelLaunch(
+            batched_tiles_kernel,
+            {"E": experts, "EP": 1 << (experts - 1).bit_length(), "BM": tile.block_n, "FEW": few, "PDL": False},
+            warps=4,
+        )  # fmt: skip
+        self._permute = KernelLaunch(
+            nvfp4_permute_batched_kernel, {"H": hidden, "FEW": few, "BT": 8, "BH": 512}, warps=4
+        )
+        self._up = _UpGemm(tile, weights, problem, weight_on_input=False, gather=False)
+        self._down = _DownGemm(tile, weights, problem, 1)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        counts: torch.Tensor,
+        workspace: Mapping[str, torch.Tensor],
+        out: torch.Tensor,
+        capacity: int,
+        key: Hashable,
+        shifts: tuple[int, int],
+    ) -> None:
+        experts, act, stride_out = self._problem.num_experts, workspace["act"], out.stride(0)
+        row_end, tile_expert, tile_row, num_tiles = (
+            workspace[name] for name in ("row_end", "tile_expert", "tile_row", "num_tiles")
+        )
+        self._list((1, 1, 1), key, counts, row_end, tile_expert, tile_row, num_tiles, capacity)
+        grid = (min(-(-capacity // 8), 16), -(-self._problem.hidden_size // 512), experts)
+        self._permute(grid, key, x, counts, out, capacity, x.stride(0), stride_out, *shifts)
+        tiles = experts * -(-capacity // self._tile.block_n)
+        lists = (None, row_end, tile_expert, tile_row, num_tiles)
+        self._up(out, stride_out, lists, None, None, act, tiles, key, self._programs, shifts[1])
+        self._down(act, lists, out, stride_out, tiles, key, self._programs, shifts[1])
 
 
 def _launch(kernel: Any, warps: WarpsConfig, constants: dict[str, Any], *, pdl: bool, **own: int) -> KernelLaunch:

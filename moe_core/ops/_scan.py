@@ -38,7 +38,7 @@ class ScanRunner:
                 scan_up_kernel,
                 {**sizes, **stride_constants(self._weights.w13), **self._weights.activation_constants(),
                  "BM": up.block_m, "BN": up.block_n, "BK": up.block_k, "STAGES": up.stages,
-                 "ARRIVALS": -(-problem.hidden_size // down.block_n)},
+                 "ARRIVALS": -(-problem.hidden_size // down.block_n) if config.by_slot else 0},
                 warps=up.warps, stages=up.stages, pdl=config.pdl,
             ),
             KernelLaunch(

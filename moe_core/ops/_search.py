@@ -32,6 +32,7 @@ MAX_SLOTS_TOKENS = 8  # above, slots read their experts too often
 MAX_BY_SLOT_TOKENS = 4  # a by-slot scan serves twice as many at most: see `MAX_BY_SLOT`
 MAX_SCAN_IDS = 512
 MIN_GROUPED_TOKENS = 16
+MIN_TALL_ROWS = 80  # of an expert: with fewer, hardly one has more than a tile holds
 
 _DOWN_KINDS = {"tile": TileConfig, "alternating": AlternatingConfig}
 
@@ -132,8 +133,9 @@ def _search_grouped(problem: ExpertsProblem, tokens: int) -> Search:
     hopper = problem.capability >= (9, 0)
     up_tma = hopper and problem.w13_tma and tensor_map_takes_pairs(problem)
     down_tma = hopper and problem.w2_tma
-    ups = [replace(tile, tma=up_tma) for tile in _grouped_ups(rows)]
-    downs = [replace(tile, tma=down_tma) for tile in _grouped_downs(rows)]
+    # Without a tensor map two halves fill the accumulators that a tall tile would need.
+    ups = [replace(tile, tma=up_tma) for tile in _grouped_ups(rows) if up_tma or not tile.tall]
+    downs = [replace(tile, tma=down_tma) for tile in _grouped_downs(rows) if down_tma or not tile.tall]
     tried = [GroupedConfig(up, _plain_down(up)) for up in ups]
     found: list[tuple[float, GroupedConfig]] = []
     for config in _best(tried, (yield tried), 2):
@@ -141,7 +143,7 @@ def _search_grouped(problem: ExpertsProblem, tokens: int) -> Search:
         both += [replace(config, down=down) for down in _special_downs(problem, rows, config.up, down_tma)]
         found += zip((yield both), both, strict=True)
     best = _best([config for _, config in found], [time for time, _ in found], 1)
-    yield [replace(config, pdl=not config.pdl) for config in best]
+    yield [replace(config, pdl=not config.pdl) for config in best] + [replace(config, keep_x=hopper) for config in best]
 
 
 def _plain_down(up: TileConfig) -> TileConfig:
@@ -160,6 +162,8 @@ def _grouped_ups(rows: float) -> Iterator[TileConfig]:
         yield TileConfig(128, 64, 64, 4, 3, 64)
         yield TileConfig(128, 128, 128, 8, 2, 64)
         yield TileConfig(128, 128, 32, 8, 8, 64)
+    if rows >= MIN_TALL_ROWS:
+        yield from (TileConfig(128, 128, 64, 8, 4, 64, group, tall=True) for group in (1, 2, 4, 8))
 
 
 def _grouped_downs(rows: float) -> Iterator[TileConfig]:
@@ -182,6 +186,8 @@ def _grouped_downs(rows: float) -> Iterator[TileConfig]:
             (128, 128, 4, 2),
         ):
             yield TileConfig(64, n, k, warps, stages)
+    if rows >= MIN_TALL_ROWS:
+        yield from (TileConfig(128, 256, 64, 8, 4, 64, group, tall=True) for group in (2, 4, 8))
 
 
 def _heights(rows: float) -> Iterator[tuple[int, int]]:

@@ -86,10 +86,10 @@ class BatchedExpertsLauncher:
         """Writes the first tokens_per_expert[e] rows of each `out[e]` and returns `out`; other rows stay as they are.
 
         Args:
-            x: `[E_l, C, H]`, the weights' dtype, unit stride in H, rows of all experts at one stride.
+            x: `[E_l, C, H]`, the weights' dtype, unit stride in H.
             tokens_per_expert: `[E_l]` int32 on the device.
             workspace: tensors as `workspace(C)` names them.
-            out: `[E_l, C, H]`, strides as x may have them; no alias of an input.
+            out: `[E_l, C, H]`, unit stride in H; no alias of an input.
         """
         experts, capacity, _ = x.shape
         if experts == 0 or capacity == 0:
@@ -99,17 +99,19 @@ class BatchedExpertsLauncher:
         if runner is None:
             runner = self._runners[config] = self._prepare(config)
         tiles, gemms = runner
-        x_rows, out_rows = _rows(x, "x"), _rows(out, "out")
+        (x_rows, x_shift), (out_rows, out_shift) = _rows(x, "x"), _rows(out, "out")
         pointers = x.data_ptr() | out.data_ptr() | tokens_per_expert.data_ptr()
         for buffer in workspace.values():
             pointers |= buffer.data_ptr()
-        key = (x_rows.stride(0), out_rows.stride(0)) if pointers % 16 == 0 else None
+        key = (x_rows.stride(0), out_rows.stride(0), x_shift, out_shift) if pointers % 16 == 0 else None
         tiles(
             (1, 1, 1), key, tokens_per_expert, workspace["row_end"], workspace["tile_expert"], workspace["tile_row"],
             workspace["num_tiles"], capacity,
         )  # fmt: skip
         max_tiles = experts * -(-capacity // config.up.block_m)
-        gemms(x_rows, out_rows, None, workspace, workspace["num_tiles"], max_tiles, key)
+        gemms(
+            x_rows, out_rows, None, workspace, workspace["num_tiles"], max_tiles, key, shifts=(x_shift, out_shift)
+        )  # fmt: skip
         return out
 
     def _prepare(self, config: GroupedConfig) -> tuple[KernelLaunch, GroupedGemms]:
@@ -118,21 +120,25 @@ class BatchedExpertsLauncher:
         experts = self.problem.num_experts
         tiles = KernelLaunch(
             batched_tiles_kernel,
-            {"E": experts, "EP": 1 << (experts - 1).bit_length(), "BM": config.up.block_m, "PDL": config.pdl},
+            {"E": experts, "EP": 1 << (experts - 1).bit_length(), "BM": config.up.block_m, "FEW": 0, "PDL": config.pdl},
             warps=4, pdl=config.pdl,
         )  # fmt: skip
         return tiles, GroupedGemms(self.weights, self.problem, config, weight_on_input=False, batched=True)
 
 
-def _rows(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """`[E_l, C, H]` as `[E_l * C, H]`, a view."""
+def _rows(tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, int]:
+    """(rows, shift) of `[E_l, C, H]`: all rows `[E_l * C, H]` where they have one stride and the shift is 0, else the
+    first expert's, and what an expert's first row is further from the one's before than C rows, in elements."""
     experts, capacity, hidden = tensor.shape
-    if tensor.stride(2) != 1 or (experts > 1 and tensor.stride(0) != capacity * tensor.stride(1)):
+    if tensor.stride(2) != 1:
         raise ValueError(
             f"BatchedExpertsLauncher: {name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; unit "
-            f"stride in H and the same stride between all rows are needed"
+            f"stride in H is needed"
         )
-    return tensor.as_strided((experts * capacity, hidden), (tensor.stride(1), 1))
+    shift = tensor.stride(0) - capacity * tensor.stride(1)
+    if experts == 1 or shift == 0:
+        return tensor.as_strided((experts * capacity, hidden), (tensor.stride(1), 1)), 0
+    return tensor[0], shift
 
 
 def experts_batched(

@@ -150,7 +150,7 @@ class ExpertsLauncher:
             topk_weights: `[T, K]` float32, contiguous; values at id -1 are not used.
             workspace: tensors as `workspace(T)` names them.
             out: `[T, H]`, unit stride in H; no alias of an input.
-            num_rows: int32 `[1]` on the device, or None. Rows from there on are not read and not written.
+            num_rows: int32 `[1]` on the device, or None. Rows from there on are not read; `out` is zero there.
         """
         num_tokens = topk_ids.shape[0]
         if num_tokens == 0:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from moe_core.ops._launch import ExpertsProblem
 from moe_core.ops._nvfp4_launch import (
+    Nvfp4BatchedConfig,
     Nvfp4Config,
     Nvfp4Plan,
     default_nvfp4_plan,
@@ -21,9 +21,9 @@ from moe_core.ops._nvfp4_launch import (
     nvfp4_config_for,
 )
 from moe_core.ops._nvfp4_layout import SCALE_FACTOR, expand_nvfp4_matrix, row_order
-from moe_core.ops._nvfp4_run import BatchedRows, Runner, runner_of
+from moe_core.ops._nvfp4_run import Batched, Runner, runner_of
 from moe_core.ops.activation import Activation
-from moe_core.ops.batched import _rows
+from moe_core.ops.batched import _rows, batched_workspace
 from moe_core.ops.experts import WorkspaceShapes, experts_step_torch, experts_workspace
 
 
@@ -135,12 +135,15 @@ class Nvfp4ExpertsLauncher:
 
 
 class Nvfp4BatchedLauncher:
-    """The same for the BATCHED format: two kernels over each expert's first rows, raw results."""
+    """The same for the BATCHED format, raw results: each expert's rows by the kernels for as many as it has.
 
-    def __init__(self, weights: Nvfp4Weights, *, config: Any = None):
+    `config`: launch parameters for every capacity; None: the heuristics.
+    """
+
+    def __init__(self, weights: Nvfp4Weights, *, config: Nvfp4BatchedConfig | None = None):
         self.weights, self.problem = weights, weights.problem(1)
         self._given_config = config
-        self._runners: dict[Nvfp4Config, BatchedRows] = {}
+        self._runners: dict[Nvfp4BatchedConfig, Batched] = {}
 
     def workspace(self, capacity: int) -> WorkspaceShapes:
         """Name -> (shape, dtype) for a step with C = `capacity`."""
@@ -158,17 +161,21 @@ class Nvfp4BatchedLauncher:
         if experts == 0 or capacity == 0:
             return out
         config = nvfp4_batched_config(self.problem, capacity) if self._given_config is None else self._given_config
+        (x_rows, x_shift), (out_rows, out_shift) = _rows(_in_words(x), "x"), _rows(out, "out")
+        if config.tile is not None and not _is_in_words(out):
+            # The GEMMs would keep the permuted x there.
+            config = Nvfp4BatchedConfig(config.rows)
         runner = self._runners.get(config)
         if runner is None:
             _check(x, out, (experts, capacity, self.problem.hidden_size))
-            runner = self._runners[config] = BatchedRows(config, self.weights, self.problem)
-        runner(_in_words(_rows(x, "x")), tokens_per_expert, workspace, _rows(out, "out"), capacity)
+            runner = self._runners[config] = Batched(config, self.weights, self.problem)
+        runner(x_rows, tokens_per_expert, workspace, out_rows, capacity, (x_shift, out_shift))
         return out
 
 
 def nvfp4_batched_workspace(problem: ExpertsProblem, capacity: int) -> WorkspaceShapes:
-    """Name -> (shape, dtype) of the buffers of a batched step: host arithmetic only."""
-    return {"act": ((problem.num_experts * capacity, problem.intermediate_size), torch.bfloat16)}
+    """Name -> (shape, dtype) of the buffers of a batched step, for every tile: host arithmetic only."""
+    return batched_workspace(problem, torch.bfloat16, capacity)
 
 
 def _check(x: torch.Tensor, out: torch.Tensor, shape: tuple[int, ...]) -> None:
@@ -183,7 +190,11 @@ def _check(x: torch.Tensor, out: torch.Tensor, shape: tuple[int, ...]) -> None:
 
 def _in_words(x: torch.Tensor) -> torch.Tensor:
     """Rows on 16-byte borders, which a lane's loads need: a copy where a caller's rows lie between them."""
-    return x if x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    return x if _is_in_words(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def _is_in_words(x: torch.Tensor) -> bool:
+    return x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
 
 
 def dequantize_nvfp4(weights: Nvfp4Weights) -> tuple[torch.Tensor, torch.Tensor]:

@@ -219,3 +219,17 @@ def test_nothing_to_tune_says_so(planned, config):
     assert "no experts but torch come into question" in nothing_to_tune(moe_core.plan(config(), device="cpu"))
     assert nothing_to_tune(planned(search=Searching)) == ""
     assert nothing_to_tune(attrs.evolve(moe_core.plan(config(), experts="search", device="cpu"))) == ""
+
+
+def test_what_a_search_may_ask_for_is_known_before_it_runs(config):
+    class Branching(TorchExperts):
+        def launch_search(self, rows, activation_format, weights):
+            times = yield ["a", "b", "c"]
+            yield [f"{name}{rows}" for name in "abc" if times["abc".index(name)] == min(times)]
+            if self.fails:
+                raise ValueError
+
+    experts, layout = Branching(config(), moe_core.MoEParallelConfig()), moe_core.ActivationFormat.STANDARD
+    for experts.fails in (False, True):
+        assert tuner._rehearsed(experts, 7, layout, None) == ["a", "b", "c", "a7", "c7"]
+    assert tuner._rehearsed(TorchExperts(config(), moe_core.MoEParallelConfig()), 7, layout, None) == []

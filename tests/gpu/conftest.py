@@ -7,6 +7,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # the shared cases
+sys.path.insert(0, str(Path(__file__).parent))  # and the workers here
 
 
 def pytest_collection_modifyitems(items):

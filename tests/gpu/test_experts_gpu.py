@@ -27,6 +27,7 @@ POINTERS = GroupedConfig(TileConfig(64, 64, 64, 4, 3, 32, tma=False), TileConfig
 MAPS = GroupedConfig(TileConfig(128, 128, 64, 8, 4, 64), TileConfig(128, 256, 64, 8, 4, 64))
 WALK = GroupedConfig(TileConfig(128, 128, 64, 8, 3, 64, persistent=1), TileConfig(128, 256, 64, 8, 3, persistent=1))
 TALL = GroupedConfig(TileConfig(128, 128, 64, 8, 4, 64, tall=True), TileConfig(128, 256, 64, 8, 4, 64, tall=True))
+KEEP = dataclasses.replace(TALL, keep_x=True, pdl=False)
 ALTERNATING = GroupedConfig(TileConfig(64, 128, 64, 8, 4, 32), AlternatingConfig(128, 2, 2))
 ALTERNATING_WIDE = GroupedConfig(TileConfig(128, 128, 64, 8, 4, 64), AlternatingConfig(256, 1, 2))
 
@@ -85,7 +86,9 @@ def test_own_choice(tokens, dtype):
     check(ExpertsCase(tokens, 512, 384, 32, 8, dtype=dtype, device="cuda", routing="distinct"))
 
 
-@pytest.mark.parametrize("config", [ALTERNATING, ALTERNATING_WIDE, TALL], ids=["turns", "wide turns", "tall"])
+@pytest.mark.parametrize(
+    "config", [ALTERNATING, ALTERNATING_WIDE, TALL, KEEP], ids=["turns", "wide turns", "tall", "keep"]
+)
 @pytest.mark.parametrize("routing", ["random", "one"])
 @pytest.mark.parametrize(("hidden", "intermediate"), [(512, 256), (712, 200), (2880, 136)])
 @pytest.mark.parametrize("tokens", [1, 90, 1500])
@@ -94,6 +97,11 @@ def test_gemms_for_many_rows(config, routing, hidden, intermediate, tokens):
         tokens, hidden, intermediate, 12, 3, bias=True, routing=routing, dtype=torch.bfloat16, device="cuda"
     )
     check(case, config)
+
+
+@pytest.mark.parametrize("tokens", [1300, 2800])
+def test_tall_tiles_of_more_experts_than_one_program_lists(tokens):
+    check(ExpertsCase(tokens, 520, 256, 70, 8, row_stride=523, dtype=torch.bfloat16, device="cuda"), KEEP)
 
 
 def test_many_rows_of_one_expert():
@@ -137,9 +145,10 @@ def test_thousand_routings_through_one_graph(tokens):
         assert relative_error(out, case.expected(weights, x, ids, router)) <= 5e-3, seed
 
 
+@pytest.mark.parametrize("strides", ["plain", "experts side by side", "longer rows", "odd places"])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("counts", [(0, 0, 0, 0), (1, 64, 0, 130), (200, 200, 200, 200), (3, 0, 77, 1)])
-def test_batched(counts, transposed):
+def test_batched(counts, transposed, strides):
     activation = GPT_OSS if transposed else Activation()
     case = ExpertsCase(
         1, 720, 360, 4, 1, activation, bias=True, transposed=transposed, dtype=torch.bfloat16, device="cuda"
@@ -147,10 +156,15 @@ def test_batched(counts, transposed):
     weights = case.weights()
     launcher = BatchedExpertsLauncher(**weights, activation=activation)
     capacity = 200
-    x = torch.full((4, capacity, 720), float("nan"), dtype=torch.bfloat16, device="cuda")
+    size, view = {
+        "plain": ((4, capacity, 720), lambda buffer: buffer),
+        "experts side by side": ((capacity, 4, 720), lambda buffer: buffer.transpose(0, 1)),
+        "longer rows": ((4, capacity, 728), lambda buffer: buffer[:, :, :720]),
+        "odd places": ((4, capacity + 3, 721), lambda buffer: buffer[:, 2:-1, 1:]),
+    }[strides]
+    x, out = (view(torch.full(size, float("nan"), dtype=torch.bfloat16, device="cuda")) for _ in range(2))
     for expert, count in enumerate(counts):
         x[expert, :count] = torch.randn(count, 720, device="cuda", dtype=torch.bfloat16)
-    out = torch.full_like(x, float("nan"))
     count = torch.tensor(counts, dtype=torch.int32, device="cuda")
     launcher(x, count, poisoned(launcher.workspace(capacity), "cuda"), out)
     expected = experts_batched_torch(x, count, **weights, activation=activation)

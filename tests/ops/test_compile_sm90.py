@@ -29,6 +29,7 @@ CONFIGS = {
     "by_slot": ScanConfig(TileConfig(16, 32, 128, 4, 4), TileConfig(16, 64, 128, 4, 3), by_slot=True),
     "maps": GroupedConfig(UP, DOWN),
     "tall": GroupedConfig(replace(UP, tall=True), replace(DOWN, tall=True)),
+    "keep": GroupedConfig(UP, DOWN, pdl=False, keep_x=True),
     "pointers": GroupedConfig(TileConfig(64, 64, 64, 4, 3, tma=False), TileConfig(64, 128, 64, 4, 3, tma=False)),
 }
 SHARED_MEMORY = 227 * 1024  # of one Hopper multiprocessor's program
@@ -75,9 +76,10 @@ def test_experts_paths(compiled, path, transposed):
         **weights(transposed=transposed), top_k=4, activation=activation, plan=((None, CONFIGS[path]),)
     )
     step(launcher, 8)
-    assert len(compiled) == {"slots": 2, "scan": 3, "by_slot": 2, "maps": 4, "tall": 4, "pointers": 4}[path]
+    assert len(compiled) == {"slots": 2, "scan": 3, "by_slot": 2, "maps": 4, "tall": 4, "keep": 4, "pointers": 4}[path]
     assert all(kernel.metadata.shared <= SHARED_MEMORY for kernel in compiled)
     assert all(kernel.asm["cubin"] for kernel in compiled)
+    assert ("evict_last" in compiled[0].asm["ptx"]) == (path == "keep")
     if path in ("maps", "tall"):
         # The tensor-map box of both halves feeds the matrix unit from shared memory, not through registers.
         text = compiled[1].asm["ttgir"]

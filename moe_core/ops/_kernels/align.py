@@ -5,8 +5,9 @@ T tokens · E_l local experts · C row capacity · K top-k; slot s = t * K + k.
 Tiles: expert e owns the tile numbers offset[e] // BM + e .. offset[e + 1] // BM + e + 1, which always suffices for its
 rows and needs no sum over the other experts' tile counts. Numbers without rows hold expert -1.
 
-SHORT > 0: tiles stand without gaps instead, and first come the experts whose last tile has at most SHORT rows and goes
-along with the one before it (`grouped.py`): a GEMM that ends with its shorter tiles leaves fewer processors idle.
+SHORT > 0: LISTED neighbouring experts share their tile numbers, and among them come first those whose last tile has at
+most SHORT rows and goes along with the one before it (`grouped.py`): a GEMM that ends with shorter tiles leaves fewer
+processors idle.
 """
 
 import triton
@@ -67,60 +68,91 @@ def _write_tiles(
 
 @triton.jit
 def _write_list(
-    ids, tile_expert, tile_row, num_slots, valid_slots, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr,
+    ids, tile_expert, tile_row, num_slots, valid_slots, low, E: tl.constexpr, LISTED: tl.constexpr, BM: tl.constexpr,
     SHORT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The list of all experts' tiles, by one program, which counts all ids itself and so waits for no other."""
-    counts = tl.zeros((EP,), tl.int32)
+    """The tiles of the LISTED experts from `low` on, by one program, which counts ids itself and so waits for no other.
+
+    A histogram of few experts is cheap, and the programs of all lists take no longer than the others beside them.
+    """
+    counts = tl.zeros((LISTED,), tl.int32)
+    below = tl.zeros((BLOCK,), tl.int32)
     for i in tl.range(0, valid_slots, BLOCK):
         slot = i + tl.arange(0, BLOCK)
         chosen = tl.load(ids + slot, mask=slot < valid_slots, other=-1).to(tl.int32)
-        counts += tl.histogram(chosen, EP, mask=(chosen >= 0) & (chosen < E))
-    e = tl.arange(0, EP)
-    offset = tl.cumsum(counts, 0) - counts
+        below += ((chosen >= 0) & (chosen < low)).to(tl.int32)
+        mine = (chosen >= low) & (chosen < tl.minimum(low + LISTED, E))
+        counts += tl.histogram(tl.where(mine, chosen - low, 0), LISTED, mask=mine)
+    start = tl.sum(below, 0)
+    offset = start + tl.cumsum(counts, 0) - counts
     tiles = tl.cdiv(counts, BM)
     rest = counts % BM
     first = (tiles > 1) & (rest > 0) & (rest <= SHORT)
     tiles_first = tl.where(first, tiles, 0)
     tiles_after = tiles - tiles_first
     end = tl.where(first, tl.cumsum(tiles_first, 0), tl.sum(tiles_first, 0) + tl.cumsum(tiles_after, 0))
+    first_tile = start // BM + low
+    e = low + tl.arange(0, LISTED)
     step = tl.arange(0, 16)
     for i in range(0, tl.max(tiles, 0), 16):
         j = i + step[None, :]
-        at = (end - tiles)[:, None] + j
-        mine = j < tiles[:, None]
-        tl.store(tile_expert + at, e[:, None] + tl.zeros_like(j), mask=mine)
-        tl.store(tile_row + at, offset[:, None] + j * BM, mask=mine)
-    for i in range(tl.sum(tiles, 0), num_slots // BM + E, 256):
-        at = i + tl.arange(0, 256)
-        tl.store(tile_expert + at, tl.full((256,), -1, tl.int32), mask=at < num_slots // BM + E)
+        at = first_tile + (end - tiles)[:, None] + j
+        wanted = j < tiles[:, None]
+        tl.store(tile_expert + at, e[:, None] + tl.zeros_like(j), mask=wanted)
+        tl.store(tile_row + at, offset[:, None] + j * BM, mask=wanted)
+    end_tile = (start + tl.sum(counts, 0)) // BM + low + LISTED
+    if low + LISTED >= E:
+        end_tile = num_slots // BM + E
+    for i in range(first_tile + tl.sum(tiles, 0), end_tile, 64):
+        at = i + tl.arange(0, 64)
+        tl.store(tile_expert + at, tl.full((64,), -1, tl.int32), mask=at < end_tile)
+
+
+@triton.jit
+def _keep_rows(x, tokens, stride_x: tl.constexpr, H: tl.constexpr, LINES: tl.constexpr, THREADS: tl.constexpr):
+    """Asks for the first LINES lines of 128 bytes of x [T, H] into L2, to be evicted last: weights stream past them."""
+    BYTES: tl.constexpr = x.dtype.element_ty.primitive_bitwidth // 8
+    PER_ROW: tl.constexpr = (H * BYTES + 127) // 128
+    lines = tl.minimum(tokens * PER_ROW, LINES)
+    for i in tl.range(tl.program_id(0) * THREADS, lines, tl.num_programs(0) * THREADS):
+        line = tl.minimum(i + tl.arange(0, THREADS), lines - 1)
+        address = x.to(tl.int64) + (line // PER_ROW).to(tl.int64) * (stride_x * BYTES) + line % PER_ROW * 128
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2::evict_last [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_slots"])
 def align_kernel(
-    ids, num_rows, slot_of_row, row_of_slot, row_end, tile_expert, tile_row, num_slots,
+    ids, num_rows, slot_of_row, row_of_slot, row_end, tile_expert, tile_row, num_slots, x, stride_x: tl.constexpr,
+    H: tl.constexpr, KEEP: tl.constexpr,
     K: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-    BY_4: tl.constexpr, PDL: tl.constexpr, PAIR: tl.constexpr, SHORT: tl.constexpr, EP: tl.constexpr,
+    BY_4: tl.constexpr, PDL: tl.constexpr, PAIR: tl.constexpr, SHORT: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     """A program's expert, or two (PAIR): counts the ids below and equal, then writes their slots in order and tiles.
 
     Every program reads all ids, twice: nothing is shared, so there is nothing to clear or to wait for. Each of LANES
     warps owns a contiguous part of the slots and reads VEC of them at a time: its prefix sums stay inside the warp.
-    BY_4: the number of slots is a multiple of 4, which loads of 16 bytes need to know. SHORT: see above; the last
-    program then writes the list of tiles.
+    BY_4: the number of slots is a multiple of 4, which loads of 16 bytes need to know. SHORT: see above; further
+    programs then write the tiles of LISTED experts each. KEEP: lines of x to be kept in L2, 0 for none.
     """
     first = tl.program_id(0) * 2 if PAIR else tl.program_id(0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    if KEEP:
+        _keep_rows(x, num_slots // K, stride_x, H, KEEP, 32 * LANES)
     valid_slots = num_slots
     if num_rows is not None:
         valid_slots = tl.minimum(num_slots, tl.load(num_rows) * K)
     if BY_4:
         valid_slots = valid_slots // 4 * 4
     if SHORT:
-        if first >= E:
-            _write_list(ids, tile_expert, tile_row, num_slots, valid_slots, E, EP, BM, SHORT, 4 * LANES * VEC)
+        counting = tl.cdiv(E, 2) if PAIR else E
+        if tl.program_id(0) >= counting:
+            low = (tl.program_id(0) - counting) * LISTED
+            _write_list(ids, tile_expert, tile_row, num_slots, valid_slots, low, E, LISTED, BM, SHORT, 4 * LANES * VEC)
             return
     length = tl.cdiv(tl.cdiv(valid_slots, LANES), VEC) * VEC
     start = tl.arange(0, LANES) * length
@@ -158,9 +190,12 @@ def align_kernel(
 @triton.jit(do_not_specialize=["capacity"])
 def batched_tiles_kernel(
     tokens_per_expert, row_end, tile_expert, tile_row, num_tiles, capacity,
-    E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, FEW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of the first tokens_per_expert[e] rows of each expert's C rows; rows are numbered e * C + i."""
+    """Tiles of the first tokens_per_expert[e] rows of each expert's C rows; rows are numbered e * C + i.
+
+    An expert with up to FEW rows gets none.
+    """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -168,7 +203,7 @@ def batched_tiles_kernel(
     count = tl.load(tokens_per_expert + e, mask=e < E, other=0)
     count = tl.maximum(tl.minimum(count, capacity), 0)
     tl.store(row_end + e, e * capacity + count, mask=e < E)
-    tiles = tl.cdiv(count, BM)
+    tiles = tl.where(count > FEW, tl.cdiv(count, BM), 0)
     end = tl.cumsum(tiles, 0)
     tl.store(num_tiles, tl.sum(tiles, 0))
     step = tl.arange(0, 16)

@@ -11,16 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_core.ops._kernels.activation import activate
 from moe_core.ops._kernels.fp8_quantize import magnitude, scale_of, to_e4m3
-
-
-@triton.jit
-def _swizzle(pid, tiles, blocks, GROUP: tl.constexpr):
-    """(row tile, block of columns): GROUP row tiles share their blocks of weights in L2."""
-    per_group = GROUP * blocks
-    first = (pid // per_group) * GROUP
-    size = tl.minimum(tiles - first, GROUP)
-    rest = pid % per_group
-    return first + rest % size, rest // size
+from moe_core.ops._kernels.grouped import _swizzle
 
 
 @triton.jit
@@ -58,7 +49,8 @@ def _product(
         elif LEN % BK:
             rows = tl.load(a_ptr + k, mask=row_ok[:, None] & (kk < LEN - k)[None, :], other=0.0)
         else:
-            rows = tl.load(a_ptr + k)
+            # Rows that are not there are not read either: all programs would read the same one, at the same time.
+            rows = tl.load(a_ptr + k, mask=row_ok[:, None], other=0.0)
         block_1 = _block(w_1, p_1, n_ok, expert, column, k, LEN, BN, BK, MAPS)
         if PAIR:
             block_2 = _block(w_2, p_2, n_ok, expert, column, k, LEN, BN, BK, MAPS)
@@ -174,16 +166,18 @@ def fp8_gemm_kernel(
     ACT: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, GATHER: tl.constexpr,
     TMA_A: tl.constexpr, MAPS: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BM_SMALL: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr, PERSISTENT: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """c = activation(a @ w[e].T + bias[e]) per expert; GATED: of the columns of w_1 (gate) and w_2 (up).
 
     OUT: how c is quantized. None: not. "group": c_scale [rows, N / 128]; "expert": by `in_next`. SPLIT of this
     kernel's tiles make one of the list's. BM_SMALL < BM: an expert's last tile takes the small height if its rows fit.
-    PERSISTENT: the programs walk the tiles; num_tiles is then read from the device if it is there.
+    PERSISTENT: the programs walk the tiles; num_tiles is then read from the device if it is there. EARLY: the next
+    kernel's programs may come beside this one's, not only after them.
     """
     if PDL:
-        gdc_launch_dependents()
+        if EARLY:
+            gdc_launch_dependents()
         gdc_wait()
     blocks: tl.constexpr = (N + BN - 1) // BN
     tiles = max_tiles * SPLIT
@@ -210,3 +204,5 @@ def fp8_gemm_kernel(
                       c, c_scale, in_next, slot_of_row, expert, row_0, last, block, stride_a, stride_as, stride_c,
                       LEN, N, K, WE, WN, SE, SN, BIE, BIN, IE, IE2, WEIGHT, A_SCALE, OUT, POWER_OF_TWO, DTYPE,
                       ACT, GATED, ALPHA, LIMIT, GATHER, TMA_A, MAPS, BM, BN, BK, STAGES)  # fmt: skip
+    if PDL and not EARLY:
+        gdc_launch_dependents()

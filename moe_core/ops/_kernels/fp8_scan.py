@@ -190,7 +190,4 @@ def fp8_scan_down_kernel(
             acc += tl.load(bias2 + e * H + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
         tl.store(y + slot[:, None] * H + n[None, :], acc.to(y.dtype.element_ty), mask=a_ok[:, None] & n_ok[None, :])
     if BY_SLOT:
-        if num_rows is not None:
-            if tl.program_id(1) // K >= tl.load(num_rows):
-                return
-        _sum_if_last(y, ids, weights, out, arrivals, stride_out, block, n, H, K, False, (H + BN - 1) // BN)
+        _sum_if_last(y, ids, weights, out, arrivals, stride_out, block, n, H, K, False, (H + BN - 1) // BN, num_rows)

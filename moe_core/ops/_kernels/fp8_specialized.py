@@ -81,7 +81,9 @@ def _load_rows(
         expert = gl.load(tile_expert + tile)
         if expert >= 0:
             row = gl.load(tile_row + tile) + gl.arange(0, BM, gl.SliceLayout(1, LAYOUT))
-            token = gl.load(slot_of_row + row, mask=row < gl.load(row_end + expert), other=0) // K
+            # Rows that are not there are not read either: all programs would read the same one, at the same time.
+            row_ok = row < gl.load(row_end + expert)
+            token = gl.load(slot_of_row + row, mask=row_ok, other=0) // K
             rows = a + token.to(gl.int64)[:, None] * stride_a + columns[None, :]
             column = expert * W_ROWS + block * WIDTH
             for k in range(0, LEN, BK):
@@ -90,51 +92,54 @@ def _load_rows(
                 mbarrier.expect(full.index(stage), 2 * w_1.block_type.nbytes)
                 tma.async_copy_global_to_shared(w_1, [column + FIRST_1, k], full.index(stage), bufs_1.index(stage))
                 tma.async_copy_global_to_shared(w_2, [column + FIRST_2, k], full.index(stage), bufs_2.index(stage))
-                if LEN % BK == 0:
-                    async_copy.async_copy_global_to_shared(a_bufs.index(stage), rows + k)
-                else:
-                    inside = (columns < LEN - k)[None, :] & (row >= 0)[:, None]
-                    async_copy.async_copy_global_to_shared(a_bufs.index(stage), rows + k, mask=inside)
+                inside = row_ok[:, None] & (columns < LEN - k)[None, :]
+                async_copy.async_copy_global_to_shared(a_bufs.index(stage), rows + k, mask=inside)
                 async_copy.mbarrier_arrive(rows_full.index(stage), increment_count=False)
                 step += 1
 
 
 @gluon.jit
 def _product(
-    a_bufs, bufs_1, bufs_2, rows_full, full, empty, step, a_scale, s_1, s_2,
-    PART: gl.constexpr, LEN: gl.constexpr, BLOCKS: gl.constexpr, GROUPS: gl.constexpr, GATHER: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    a_bufs, bufs_1, bufs_2, rows_full, full, empty, step, a_scale, s_1, s_2, never,
+    PART: gl.constexpr, LEN: gl.constexpr, BLOCKS: gl.constexpr, GATHER: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """[64, 128] sums of both blocks; a buffer is given back when both products of its columns are there."""
+    """[64, 128] sums of both blocks; a buffer is given back when both products of its columns are there.
+
+    `never` is False, but the assembler must not know: it gives a product that adds to nothing new registers.
+    Scales (BLOCKS) are asked for a step ahead.
+    """
     STAGES: gl.constexpr = a_bufs.type.shape[0]
+    STEPS: gl.constexpr = (LEN + BK - 1) // BK
     acc_1 = gl.zeros((HALF, BN), dtype=gl.float32, layout=LAYOUT)
     acc_2 = gl.zeros((HALF, BN), dtype=gl.float32, layout=LAYOUT)
     # One product at a time in the same registers: with two, the sums would not fit beside them.
     d = gl.zeros((HALF, BN), dtype=gl.float32, layout=LAYOUT)
-    for k in range(0, LEN, BK):
+    if BLOCKS:
+        scale, scale_1, scale_2 = gl.load(a_scale), gl.load(s_1), gl.load(s_2)
+    for k in range(STEPS):
         stage = step % STAGES
         phase = (step // STAGES) & 1
-        if GROUPS:
-            scale = gl.load(a_scale + k // BK)
-        if BLOCKS:
-            scale_1 = gl.load(s_1 + k // BK)
-            scale_2 = gl.load(s_2 + k // BK)
         mbarrier.wait(full.index(stage), phase)
         if GATHER:
             mbarrier.wait(rows_full.index(stage), phase)
             fence_async_shared()
         a = a_bufs.index(stage).slice(PART * HALF, HALF)
-        d = warpgroup_mma(a, bufs_1.index(stage).permute((1, 0)), d, use_acc=False, is_async=True)
+        d = warpgroup_mma(a, bufs_1.index(stage).permute((1, 0)), d, use_acc=never, is_async=True)
+        if BLOCKS:
+            row_1 = (scale * scale_1)[:, None]
+            row_2 = (scale * scale_2)[:, None]
+            ahead = gl.minimum(k + 1, STEPS - 1)
+            scale, scale_1, scale_2 = gl.load(a_scale + ahead), gl.load(s_1 + ahead), gl.load(s_2 + ahead)
         d = warpgroup_mma_wait(num_outstanding=0, deps=(d,))
         if BLOCKS:
-            acc_1 += d * (scale * scale_1)[:, None]
+            acc_1 += d * row_1
         else:
             acc_1 += d
-        d = warpgroup_mma(a, bufs_2.index(stage).permute((1, 0)), d, use_acc=False, is_async=True)
+        d = warpgroup_mma(a, bufs_2.index(stage).permute((1, 0)), d, use_acc=never, is_async=True)
         d = warpgroup_mma_wait(num_outstanding=0, deps=(d,))
         mbarrier.arrive(empty.index(stage), count=1)
         if BLOCKS:
-            acc_2 += d * (scale * scale_2)[:, None]
+            acc_2 += d * row_2
         else:
             acc_2 += d
         step += 1
@@ -218,8 +223,8 @@ def _multiply(
                     p_1 += block * WIDTH // 128 * SN
                     p_2 += (block * WIDTH // 128 if PAIR else gl.minimum(block * 2 + 1, (N + 127) // 128 - 1)) * SN
                 acc_1, acc_2 = _product(
-                    a_bufs, bufs_1, bufs_2, rows_full, full, empty, step, scales, p_1, p_2,
-                    PART, LEN, WEIGHT == "block", A_SCALE == "group", GATHER, LAYOUT,
+                    a_bufs, bufs_1, bufs_2, rows_full, full, empty, step, scales, p_1, p_2, tiles < 0,
+                    PART, LEN, WEIGHT == "block", GATHER, LAYOUT,
                 )  # fmt: skip
                 if WEIGHT != "block":
                     rows_scale = gl.load(scales) + gl.zeros((HALF,), gl.float32, gl.SliceLayout(1, LAYOUT))

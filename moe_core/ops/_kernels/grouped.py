@@ -5,7 +5,8 @@ expert (`slot_of_row`), or in the batched format the rows e * C + i themselves. 
 N the number of output columns: (H, I) in the first GEMM, (I, H) in the second.
 
 Row strides are constants: as arguments they would be known to be multiples of 16 or nothing, and a multiple of 8, which
-is enough for loads of 16 bytes, would load 2 bytes at a time.
+is enough for loads of 16 bytes, would load 2 bytes at a time. shift_a and shift_c move each expert's rows that much
+further than the one's before: 0 unless a batched buffer has another stride between experts than C rows.
 """
 
 import triton
@@ -111,7 +112,7 @@ def _write(
 @triton.jit
 def _tile(
     a, a_map, a_map_more, w, bias, c, slot_of_row, weights, stride_a: tl.constexpr, stride_c: tl.constexpr,
-    expert, row_0, row_end, block,
+    shift_a: tl.constexpr, shift_c: tl.constexpr, expert, row_0, row_end, block,
     LEN: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WE: tl.constexpr, WN: tl.constexpr, WK: tl.constexpr,
     ACT: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, UP_FIRST: tl.constexpr,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, GATHER: tl.constexpr,
@@ -130,6 +131,10 @@ def _tile(
     ROWS: tl.constexpr = 2 * N if INTERLEAVED else N
     tl.static_assert(not (PAIR and MORE))
     kk = tl.arange(0, BK)
+    if shift_a:
+        a += expert.to(tl.int64) * shift_a
+    if shift_c:
+        c += expert.to(tl.int64) * shift_c
     row, row_ok, slot, a_row = _rows(slot_of_row, row_0, row_end, BM, K, GATHER, WEIGHTED)
     a_ptr = a
     if not TMA_A:
@@ -179,7 +184,7 @@ def _tile(
 @triton.jit(do_not_specialize=["max_tiles"])
 def grouped_gemm_kernel(
     a, a_map, a_map_small, w, bias, c, slot_of_row, row_end, tile_expert, tile_row, weights, num_tiles, max_tiles,
-    stride_a: tl.constexpr, stride_c: tl.constexpr,
+    stride_a: tl.constexpr, stride_c: tl.constexpr, shift_a: tl.constexpr, shift_c: tl.constexpr,
     LEN: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WE: tl.constexpr, WN: tl.constexpr, WK: tl.constexpr,
     ACT: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, UP_FIRST: tl.constexpr,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, GATHER: tl.constexpr,
@@ -220,14 +225,17 @@ def grouped_gemm_kernel(
             elif merged:
                 pass
             elif BM_SMALL < BM and last - row_0 <= BM_SMALL:
-                _tile(a, a_map_small, a_map_small, w, bias, c, slot_of_row, weights, stride_a, stride_c, expert, row_0,
-                      last, block, LEN, N, K, WE, WN, WK, ACT, GATED, INTERLEAVED, UP_FIRST, ALPHA, LIMIT, GATHER,
-                      WEIGHTED, PRECISION, TMA_A, TMA_W, BM_SMALL, 0, BN, BK, STAGES)  # fmt: skip
+                _tile(a, a_map_small, a_map_small, w, bias, c, slot_of_row, weights, stride_a, stride_c, shift_a,
+                      shift_c, expert, row_0, last, block, LEN, N, K, WE, WN, WK, ACT, GATED, INTERLEAVED, UP_FIRST,
+                      ALPHA, LIMIT, GATHER, WEIGHTED, PRECISION, TMA_A, TMA_W, BM_SMALL, 0, BN, BK,
+                      STAGES)  # fmt: skip
             elif TALL and (last - row_0 > BM) & (last - row_0 <= BM + BM_SMALL):
-                _tile(a, a_map, a_map_small, w, bias, c, slot_of_row, weights, stride_a, stride_c, expert, row_0,
-                      last, block, LEN, N, K, WE, WN, WK, ACT, GATED, INTERLEAVED, UP_FIRST, ALPHA, LIMIT, GATHER,
-                      WEIGHTED, PRECISION, TMA_A, TMA_W, BM, BM_SMALL, BN, BK, STAGES)  # fmt: skip
+                _tile(a, a_map, a_map_small, w, bias, c, slot_of_row, weights, stride_a, stride_c, shift_a,
+                      shift_c, expert, row_0, last, block, LEN, N, K, WE, WN, WK, ACT, GATED, INTERLEAVED, UP_FIRST,
+                      ALPHA, LIMIT, GATHER, WEIGHTED, PRECISION, TMA_A, TMA_W, BM, BM_SMALL, BN, BK,
+                      STAGES)  # fmt: skip
             else:
-                _tile(a, a_map, a_map, w, bias, c, slot_of_row, weights, stride_a, stride_c, expert, row_0,
-                      last, block, LEN, N, K, WE, WN, WK, ACT, GATED, INTERLEAVED, UP_FIRST, ALPHA, LIMIT, GATHER,
-                      WEIGHTED, PRECISION, TMA_A, TMA_W, BM, 0, BN, BK, STAGES)  # fmt: skip
+                _tile(a, a_map, a_map, w, bias, c, slot_of_row, weights, stride_a, stride_c, shift_a,
+                      shift_c, expert, row_0, last, block, LEN, N, K, WE, WN, WK, ACT, GATED, INTERLEAVED, UP_FIRST,
+                      ALPHA, LIMIT, GATHER, WEIGHTED, PRECISION, TMA_A, TMA_W, BM, 0, BN, BK,
+                      STAGES)  # fmt: skip

@@ -121,36 +121,57 @@ def load_tiles(w_ptr, s_ptr, lane, i, ok, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _load_columns(x_ptrs, at, ok, MASKED: gl.constexpr, NT: gl.constexpr):
-    """A lane's 16 columns of each of NT activation rows, 4 + 4 words a row."""
+def load_columns(x_ptrs, i, FIRST: gl.constexpr, COUNT: gl.constexpr, ok, MASKED: gl.constexpr, NT: gl.constexpr):
+    """A lane's 16 columns of COUNT tiles from tile 4 * i + FIRST on, of each of NT activation rows: 4 + 4 words a row.
+
+    MASKED: zeros where not `ok`.
+    """
     loaded = ()
-    for n in gl.static_range(NT):
-        for half in gl.static_range(2):
-            ptr = x_ptrs[n] + (at + 4 * half)[:, None]
-            if MASKED:
-                loaded = loaded + (gl.load(ptr, mask=ok[:, None], other=0),)  # type: ignore[assignment]
-            else:
-                loaded = loaded + (gl.load(ptr),)  # type: ignore[assignment]
+    for b in gl.static_range(COUNT):
+        at = 128 * i + 32 * (FIRST + b)
+        for n in gl.static_range(NT):
+            for half in gl.static_range(2):
+                ptr = x_ptrs[n] + (at + 4 * half)[:, None]
+                if MASKED:
+                    loaded = loaded + (gl.load(ptr, mask=ok[:, None], other=0),)  # type: ignore[assignment]
+                else:
+                    loaded = loaded + (gl.load(ptr),)  # type: ignore[assignment]
     return loaded
 
 
 @gluon.jit
-def multiply_tiles(tiles, x_ptrs, i, accs, ok, MASKED: gl.constexpr, COUNT: gl.constexpr, NT: gl.constexpr):
-    """accs[n] += the weights of `load_tiles` @ activation rows x_ptrs[n], whose columns are read group by group.
-
-    MASKED: the tiles are zeros where not `ok`, and so must the activations be, which may hold Inf or NaN.
-    """
+def multiply_columns(tiles, x, accs, FIRST: gl.constexpr, COUNT: gl.constexpr, OF: gl.constexpr, NT: gl.constexpr):
+    """accs[n] += COUNT tiles' weights, from the FIRST on of the OF of `load_tiles`, @ their `load_columns`."""
     for b in gl.static_range(COUNT):
-        x = _load_columns(x_ptrs, 128 * i + 32 * b, ok, MASKED, NT)
-        a0, a1, a2, a3 = expand(tiles[b], tiles[COUNT + b // 2], 16 * (b % 2))
+        a0, a1, a2, a3 = expand(tiles[FIRST + b], tiles[OF + (FIRST + b) // 2], 16 * ((FIRST + b) % 2))
         new = ()
         for n in gl.static_range(NT):
+            low, high = x[2 * NT * b + 2 * n], x[2 * NT * b + 2 * n + 1]
             acc = gl.inline_asm_elementwise(
-                _MULTIPLY, _MULTIPLY_OPERANDS, [a0, a1, a2, a3, x[2 * n], x[2 * n + 1], accs[n]], dtype=gl.float32,
-                is_pure=True, pack=4,
+                _MULTIPLY, _MULTIPLY_OPERANDS, [a0, a1, a2, a3, low, high, accs[n]], dtype=gl.float32, is_pure=True,
+                pack=4,
             )  # fmt: skip
             new = new + (acc,)  # type: ignore[assignment]
         accs = new
+    return accs
+
+
+@gluon.jit
+def multiply_tiles(
+    tiles, x_ptrs, i, accs, ok, MASKED: gl.constexpr, COUNT: gl.constexpr, NT: gl.constexpr, TOGETHER: gl.constexpr
+):
+    """accs[n] += the weights of `load_tiles` @ activation rows x_ptrs[n].
+
+    MASKED: the tiles are zeros where not `ok`, and so must the activations be, which may hold Inf or NaN. TOGETHER: all
+    of these are asked for before the first product; for one row there are registers enough.
+    """
+    if TOGETHER:
+        x = load_columns(x_ptrs, i, 0, COUNT, ok, MASKED, NT)
+        accs = multiply_columns(tiles, x, accs, 0, COUNT, COUNT, NT)
+    else:
+        for b in gl.static_range(COUNT):
+            x = load_columns(x_ptrs, i, b, 1, ok, MASKED, NT)
+            accs = multiply_columns(tiles, x, accs, b, 1, COUNT, NT)
     return accs
 
 

@@ -18,10 +18,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moe_core.ops._kernels.activation import activate
-from moe_core.ops._kernels.nvfp4 import expand, row_tile, scales_of
+from moe_core.ops._kernels.nvfp4 import UNDO, expand, row_tile, scales_of
+from moe_core.ops._nvfp4_launch import STEPS_PER_TURN
 
 _KEEP = gl.constexpr("mov.b32 $0, $1;")
 _KEEP_OPERANDS = gl.constexpr("=r,r,r")
+
+UNROLLED = gl.constexpr(STEPS_PER_TURN)
 
 
 @gluon.jit
@@ -68,39 +71,60 @@ def _all_warps():
 
 
 @gluon.jit
+def _step(
+    acc, x_ptr, w_ptr, s_ptr, x_bufs, w_bufs, s_bufs, lane, k, STAGE: gl.constexpr, COPY: gl.constexpr,
+    TILES: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, LEFT: gl.constexpr,
+):  # fmt: skip
+    """(acc, weights): starts product k; product k - 1 may still run."""
+    # Step k is there, and all warps are done with step k - 2, whose buffers are filled next: here the compiler puts a
+    # barrier. Triton's own loops have no proxy fence between such copies and wgmma either.
+    async_copy.wait_group(STAGES - 3)
+    if COPY:
+        ahead = k + STAGES - 2
+        if ahead < TILES:
+            stage: gl.constexpr = (STAGE + STAGES - 2) % STAGES
+            _copy_step(
+                x_ptr, w_ptr, s_ptr, x_bufs[stage].slice(0, BN), w_bufs[stage], s_bufs[stage], lane, ahead, TILES
+            )  # fmt: skip
+    async_copy.commit_group()
+    left = _left_side_of(w_bufs[STAGE], s_bufs[STAGE], k, TILES, LEFT)
+    acc = warpgroup_mma(left, x_bufs[STAGE].slice(0, BN).permute((1, 0)), acc, is_async=True)
+    return acc, left
+
+
+@gluon.jit
 def _product(
     x_ptr, w_ptr, s_ptr, x_bufs, w_bufs, s_bufs, lane, TILES: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """`[128, BN]` float32; the next step's weights are read while a step's product runs."""
+    """`[128, BN]` float32; the next step's weights are expanded while a step's product runs."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BN, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    for k in gl.static_range(STAGES - 1):
+    for k in gl.static_range(STAGES - 2):
         if k < TILES:
             _copy_step(
-                x_ptr, w_ptr, s_ptr, x_bufs.index(k).slice(0, BN), w_bufs.index(k), s_bufs.index(k), lane, k, TILES
+                x_ptr, w_ptr, s_ptr, x_bufs[k].slice(0, BN), w_bufs[k], s_bufs[k], lane, k, TILES
             )  # fmt: skip
         async_copy.commit_group()
     acc = gl.zeros((128, BN), gl.float32, ACC)
-    async_copy.wait_group(STAGES - 2)
-    left = _left_side_of(w_bufs.index(0), s_bufs.index(0), 0, TILES, LEFT)
-    for k in range(TILES):
-        # Steps k and k + 1 are there, and all warps are done with step k - 1, whose buffers are filled next: here the
-        # compiler puts a barrier. Triton's own loops have no proxy fence between such copies and wgmma either.
-        async_copy.wait_group(STAGES - 3)
-        acc = warpgroup_mma(left, x_bufs.index(k % STAGES).slice(0, BN).permute((1, 0)), acc, is_async=True)
-        ahead = k + STAGES - 1
-        if ahead < TILES:
-            stage = ahead % STAGES
-            _copy_step(
-                x_ptr, w_ptr, s_ptr, x_bufs.index(stage).slice(0, BN), w_bufs.index(stage), s_bufs.index(stage), lane,
-                ahead, TILES,
-            )  # fmt: skip
-        async_copy.commit_group()
-        stage = (k + 1) % STAGES
-        following = _left_side_of(w_bufs.index(stage), s_bufs.index(stage), k + 1, TILES, LEFT)
-        # The product reads `left` until here.
-        acc, left, following = warpgroup_mma_wait(0, deps=(acc, left, following))
-        left = following
+    # No product may be under way where a loop starts again: the assembler would then wait for each one at once.
+    WHOLE: gl.constexpr = TILES - TILES % UNROLLED if TILES >= 2 * UNROLLED else 0
+    for start in range(0, WHOLE, UNROLLED):
+        lefts = ()
+        for i in gl.static_range(UNROLLED):
+            if i > 1:
+                acc, _ = warpgroup_mma_wait(1, deps=(acc, lefts[i - 2]))
+            acc, left = _step(acc, x_ptr, w_ptr, s_ptr, x_bufs, w_bufs, s_bufs, lane, start + i, i % STAGES,
+                              True, TILES, BN, STAGES, LEFT)  # fmt: skip
+            lefts = lefts + (left,)  # type: ignore[assignment]
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+    lefts = ()
+    for i in gl.static_range(TILES - WHOLE):
+        if i > 1:
+            acc, _ = warpgroup_mma_wait(1, deps=(acc, lefts[i - 2]))
+        acc, left = _step(acc, x_ptr, w_ptr, s_ptr, x_bufs, w_bufs, s_bufs, lane, WHOLE + i, i % STAGES,
+                          WHOLE + i + STAGES - 2 < TILES, TILES, BN, STAGES, LEFT)  # fmt: skip
+        lefts = lefts + (left,)  # type: ignore[assignment]
+    acc = warpgroup_mma_wait(0, deps=(acc,))
     # What comes next may use these buffers' memory, and the other warps' last product still reads from it.
     _all_warps()
     return acc
@@ -115,11 +139,11 @@ def _for_lanes(h, COLUMNS: gl.constexpr, BN: gl.constexpr):
 
 @gluon.jit
 def _up_result(
-    acc, weights, slot_of_row, scale, scale_2, bias, expert, row_0, last, block, I: gl.constexpr, BN: gl.constexpr,
-    ACT: gl.constexpr, GATED: gl.constexpr, UP_FIRST: gl.constexpr, INTERLEAVED: gl.constexpr,
-    ALPHA: gl.constexpr, LIMIT: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr,
+    acc, weights, slot_of_row, scale, scale_2, after, bias, expert, row_0, last, block,
+    I: gl.constexpr, BN: gl.constexpr, ACT: gl.constexpr, GATED: gl.constexpr, UP_FIRST: gl.constexpr,
+    INTERLEAVED: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr,
 ):  # fmt: skip
-    """act `[BN, 64]` (without a gate `[BN, 128]`), float32, columns in lane order."""
+    """act `[BN, 64]` (without a gate `[BN, 128]`), float32; columns in lane order if there is no `after`."""
     WIDTH: gl.constexpr = 64 if GATED else 128
     if GATED:
         both = gl.permute(gl.reshape(acc, (8, 2, 8, BN)), (0, 2, 3, 1))
@@ -145,13 +169,16 @@ def _up_result(
         else:
             gate += gl.load(bias + expert * I + n, mask=n < I, other=0).to(gl.float32)[:, None]
     h = activate(gate, up, ACT, GATED, ALPHA, LIMIT)
-    return _for_lanes(gl.permute(h, (1, 0)), WIDTH, BN)
+    if after is None:
+        return _for_lanes(gl.permute(h, (1, 0)), WIDTH, BN)
+    else:
+        return gl.permute(h * (gl.load(after + expert).to(gl.float32) * UNDO), (1, 0))
 
 
 @gluon.jit
 def _tile(
-    x, slot_of_row, weights, w_ptr, s_ptr, scale, scale_2, bias, c, x_bufs, w_bufs, s_bufs, lane, expert, row_0, last,
-    block, stride_x: gl.constexpr, stride_c: gl.constexpr, LEN: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
+    x, slot_of_row, weights, w_ptr, s_ptr, scale, scale_2, after, bias, c, x_bufs, w_bufs, s_bufs, lane, expert, row_0,
+    last, block, stride_x: gl.constexpr, stride_c: gl.constexpr, LEN: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
     UP: gl.constexpr, GATHER: gl.constexpr, ACT: gl.constexpr, GATED: gl.constexpr, UP_FIRST: gl.constexpr,
     INTERLEAVED: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr,
@@ -167,8 +194,8 @@ def _tile(
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [8, 1], [1, 0])
     if UP:
         h = _up_result(
-            acc, weights, slot_of_row, scale, scale_2, bias, expert, row_0, last, block, N, BN, ACT, GATED, UP_FIRST,
-            INTERLEAVED, ALPHA, LIMIT, WEIGHT_ON_INPUT,
+            acc, weights, slot_of_row, scale, scale_2, after, bias, expert, row_0, last, block, N, BN, ACT, GATED,
+            UP_FIRST, INTERLEAVED, ALPHA, LIMIT, WEIGHT_ON_INPUT,
         )  # fmt: skip
     else:
         h = acc * scale
@@ -183,41 +210,44 @@ def _tile(
     gl.store(at, h, mask=(row < last)[:, None] & (column < N)[None, :])
 
 
-@gluon.jit(do_not_specialize=["max_tiles"])
-def nvfp4_gemm_kernel(
-    x, slot_of_row, row_end, tile_expert, tile_row, weights, w, w_scale, w_global, bias, c, max_tiles,
-    stride_x: gl.constexpr, stride_c: gl.constexpr,
-    LEN: gl.constexpr, R: gl.constexpr, N: gl.constexpr, K: gl.constexpr, UP: gl.constexpr, GATHER: gl.constexpr,
-    ACT: gl.constexpr, GATED: gl.constexpr, UP_FIRST: gl.constexpr, INTERLEAVED: gl.constexpr,
-    ALPHA: gl.constexpr, LIMIT: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr,
-    BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr, num_warps: gl.constexpr,
+@gluon.jit
+def _item(
+    item, tiles, x, slot_of_row, row_end, tile_expert, tile_row, weights, w, w_scale, w_global, after, bias, c,
+    stride_x: gl.constexpr, stride_c: gl.constexpr, shift_x: gl.constexpr, shift_c: gl.constexpr,
+    LEN: gl.constexpr, R: gl.constexpr, N: gl.constexpr,
+    K: gl.constexpr, UP: gl.constexpr, GATHER: gl.constexpr, ACT: gl.constexpr, GATED: gl.constexpr,
+    UP_FIRST: gl.constexpr, INTERLEAVED: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
+    WEIGHT_ON_INPUT: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """c = activation(x rows @ w[e].T) per expert (the down product: without one), BN rows by 128 rows of weights.
-
-    SPLIT of this kernel's tiles make one of the list's. An expert's last rows take a product of half or a quarter of
-    the width where they fit.
-    """
+    """One pair of a row tile and a block of 128 rows of weights, GROUP row tiles sharing their weights in L2."""
     X_BUF: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, 64], gl.bfloat16)
     FLAT_BUF: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     WORD_BUF: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     L: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [8, 1], [1, 0])
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
-    blocks: gl.constexpr = (R + 127) // 128
-    per_group: gl.constexpr = GROUP * blocks
-    pid = gl.program_id(0)
-    first = (pid // per_group) * GROUP
-    size = gl.minimum(max_tiles * SPLIT - first, GROUP)
-    tile = first + pid % per_group % size
-    block = pid % per_group // size
+    per_group: gl.constexpr = GROUP * ((R + 127) // 128)
+    first = (item // per_group) * GROUP
+    size = gl.minimum(tiles - first, GROUP)
+    tile = first + item % per_group % size
+    block = item % per_group // size
     expert = gl.load(tile_expert + tile // SPLIT)
     row_0 = gl.load(tile_row + tile // SPLIT) + tile % SPLIT * BN
     last = 0
     if expert >= 0:
         last = gl.load(row_end + expert)
     if row_0 < last:
-        x_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BN, 64], X_BUF)
-        w_bufs = gl.allocate_shared_memory(gl.int32, [STAGES, 256, 4], WORD_BUF)
-        s_bufs = gl.allocate_shared_memory(gl.int32, [STAGES, 256], FLAT_BUF)
+        if shift_x:
+            x += expert.to(gl.int64) * shift_x
+        if shift_c:
+            c += expert.to(gl.int64) * shift_c
+        x_bufs = ()
+        w_bufs = ()
+        s_bufs = ()
+        for _ in gl.static_range(STAGES):
+            # Not one allocation each: the compiler would put a barrier between any two uses of it.
+            x_bufs = x_bufs + (gl.allocate_shared_memory(gl.bfloat16, [BN, 64], X_BUF),)  # type: ignore[assignment]
+            w_bufs = w_bufs + (gl.allocate_shared_memory(gl.int32, [256, 4], WORD_BUF),)  # type: ignore[assignment]
+            s_bufs = s_bufs + (gl.allocate_shared_memory(gl.int32, [256], FLAT_BUF),)  # type: ignore[assignment]
         thread = gl.arange(0, 256, gl.SliceLayout(1, L))
         w_ptr, _ = row_tile(w, w_scale, expert, block * 8 + thread // 32, thread % 32, LEN // 64, R)
         thread = gl.arange(0, 256, FLAT)
@@ -226,14 +256,42 @@ def nvfp4_gemm_kernel(
         s_ptr += lane
         scale, scale_2 = scales_of(w_global, expert, UP, GATED, UP_FIRST)
         if last - row_0 <= BN // 4:
-            _tile(x, slot_of_row, weights, w_ptr, s_ptr, scale, scale_2, bias, c, x_bufs, w_bufs, s_bufs, lane, expert,
-                  row_0, last, block, stride_x, stride_c, LEN, N, K, UP, GATHER, ACT, GATED, UP_FIRST, INTERLEAVED,
-                  ALPHA, LIMIT, WEIGHT_ON_INPUT, BN // 4, STAGES)  # fmt: skip
+            _tile(x, slot_of_row, weights, w_ptr, s_ptr, scale, scale_2, after, bias, c, x_bufs, w_bufs, s_bufs, lane,
+                  expert, row_0, last, block, stride_x, stride_c, LEN, N, K, UP, GATHER, ACT, GATED, UP_FIRST,
+                  INTERLEAVED, ALPHA, LIMIT, WEIGHT_ON_INPUT, BN // 4, STAGES)  # fmt: skip
         elif last - row_0 <= BN // 2:
-            _tile(x, slot_of_row, weights, w_ptr, s_ptr, scale, scale_2, bias, c, x_bufs, w_bufs, s_bufs, lane, expert,
-                  row_0, last, block, stride_x, stride_c, LEN, N, K, UP, GATHER, ACT, GATED, UP_FIRST, INTERLEAVED,
-                  ALPHA, LIMIT, WEIGHT_ON_INPUT, BN // 2, STAGES)  # fmt: skip
+            _tile(x, slot_of_row, weights, w_ptr, s_ptr, scale, scale_2, after, bias, c, x_bufs, w_bufs, s_bufs, lane,
+                  expert, row_0, last, block, stride_x, stride_c, LEN, N, K, UP, GATHER, ACT, GATED, UP_FIRST,
+                  INTERLEAVED, ALPHA, LIMIT, WEIGHT_ON_INPUT, BN // 2, STAGES)  # fmt: skip
         else:
-            _tile(x, slot_of_row, weights, w_ptr, s_ptr, scale, scale_2, bias, c, x_bufs, w_bufs, s_bufs, lane, expert,
-                  row_0, last, block, stride_x, stride_c, LEN, N, K, UP, GATHER, ACT, GATED, UP_FIRST, INTERLEAVED,
-                  ALPHA, LIMIT, WEIGHT_ON_INPUT, BN, STAGES)  # fmt: skip
+            _tile(x, slot_of_row, weights, w_ptr, s_ptr, scale, scale_2, after, bias, c, x_bufs, w_bufs, s_bufs, lane,
+                  expert, row_0, last, block, stride_x, stride_c, LEN, N, K, UP, GATHER, ACT, GATED, UP_FIRST,
+                  INTERLEAVED, ALPHA, LIMIT, WEIGHT_ON_INPUT, BN, STAGES)  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["max_tiles"])
+def nvfp4_gemm_kernel(
+    x, slot_of_row, row_end, tile_expert, tile_row, num_tiles, weights, w, w_scale, w_global, after, bias, c, max_tiles,
+    stride_x: gl.constexpr, stride_c: gl.constexpr, shift_x: gl.constexpr, shift_c: gl.constexpr,
+    LEN: gl.constexpr, R: gl.constexpr, N: gl.constexpr, K: gl.constexpr, UP: gl.constexpr, GATHER: gl.constexpr,
+    ACT: gl.constexpr, GATED: gl.constexpr, UP_FIRST: gl.constexpr, INTERLEAVED: gl.constexpr,
+    ALPHA: gl.constexpr, LIMIT: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr,
+    BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """c = activation(x rows @ w[e].T) per expert (the down product: without one), BN rows by 128 rows of weights.
+
+    SPLIT of this kernel's tiles make one of the list's. An expert's last rows take a product of half or a quarter of
+    the width where they fit. `after`: w2's global scales, if act is to carry them. shift_x and
+    shift_c as in `grouped.py`. num_tiles: None, and one program a
+    tile and block; or on the device, and the programs walk them.
+    """
+    if num_tiles is None:
+        _item(gl.program_id(0), max_tiles * SPLIT, x, slot_of_row, row_end, tile_expert, tile_row, weights, w, w_scale,
+              w_global, after, bias, c, stride_x, stride_c, shift_x, shift_c, LEN, R, N, K, UP, GATHER, ACT, GATED,
+              UP_FIRST, INTERLEAVED, ALPHA, LIMIT, WEIGHT_ON_INPUT, BN, STAGES, GROUP, SPLIT)  # fmt: skip
+    else:
+        tiles = gl.load(num_tiles) * SPLIT
+        for item in range(gl.program_id(0), tiles * ((R + 127) // 128), gl.num_programs(0)):
+            _item(item, tiles, x, slot_of_row, row_end, tile_expert, tile_row, weights, w, w_scale, w_global, after,
+                  bias, c, stride_x, stride_c, shift_x, shift_c, LEN, R, N, K, UP, GATHER, ACT, GATED, UP_FIRST,
+                  INTERLEAVED, ALPHA, LIMIT, WEIGHT_ON_INPUT, BN, STAGES, GROUP, SPLIT)  # fmt: skip

@@ -27,14 +27,40 @@ def nvfp4_list_kernel(
     tl.store(row_end + expert, row_0 + tl.sum(hit, 0))
 
 
+@triton.jit
+def _permute_rows(x, out, row, ok, column, stride_x: tl.constexpr, stride_out: tl.constexpr, H: tl.constexpr):
+    """out[r, 64 c + 16 j + 8 p + 2 q + b] = x[r, 64 c + 16 q + 4 j + 2 p + b] for some rows and columns."""
+    BT: tl.constexpr = row.shape[0]
+    BH: tl.constexpr = column.shape[0]
+    ok = ok[:, None] & (column < H)[None, :]
+    values = tl.load(x + row.to(tl.int64)[:, None] * stride_x + column[None, :], mask=ok)
+    values = tl.permute(tl.reshape(values, (BT, BH // 64, 4, 4, 2, 2)), (0, 1, 3, 4, 2, 5))
+    tl.store(out + row.to(tl.int64)[:, None] * stride_out + column[None, :], tl.reshape(values, (BT, BH)), mask=ok)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def nvfp4_permute_kernel(
     x, out, num_tokens, stride_x: tl.constexpr, H: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr
 ):
-    """out[t, 64 c + 16 j + 8 p + 2 q + b] = x[t, 64 c + 16 q + 4 j + 2 p + b], for BT tokens and BH columns."""
+    """x `[T, H]` with columns as the lanes want them; a program has BT tokens and BH columns."""
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     column = tl.program_id(1) * BH + tl.arange(0, BH)
-    ok = (token < num_tokens)[:, None] & (column < H)[None, :]
-    values = tl.load(x + token.to(tl.int64)[:, None] * stride_x + column[None, :], mask=ok)
-    values = tl.permute(tl.reshape(values, (BT, BH // 64, 4, 4, 2, 2)), (0, 1, 3, 4, 2, 5))
-    tl.store(out + token.to(tl.int64)[:, None] * H + column[None, :], tl.reshape(values, (BT, BH)), mask=ok)
+    _permute_rows(x, out, token, token < num_tokens, column, stride_x, H, H)
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def nvfp4_permute_batched_kernel(
+    x, counts, out, capacity, stride_x: tl.constexpr, stride_out: tl.constexpr, shift_x: tl.constexpr,
+    shift_out: tl.constexpr, H: tl.constexpr, FEW: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """The same for the first counts[e] rows of each expert e that has more than FEW; its programs walk them. The shifts
+    are those of `grouped.py`."""
+    expert = tl.program_id(2)
+    count = tl.minimum(tl.load(counts + expert), capacity)
+    if count > FEW:
+        x += expert.to(tl.int64) * shift_x
+        out += expert.to(tl.int64) * shift_out
+        column = tl.program_id(1) * BH + tl.arange(0, BH)
+        for first in range(tl.program_id(0) * BT, count, tl.num_programs(0) * BT):
+            i = first + tl.arange(0, BT)
+            _permute_rows(x, out, expert * capacity + i, i < count, column, stride_x, stride_out, H)

@@ -13,6 +13,7 @@ from moe_core.ops._kernels.nvfp4 import (
     gdc_launch_dependents,
     gdc_wait,
     load_tiles,
+    loads_stay_above,
     multiply_tiles,
     result_pairs,
     row_tile,
@@ -99,17 +100,19 @@ def _store_rows(
 @gluon.jit(do_not_specialize=["capacity"])
 def nvfp4_rows_kernel(
     x, slot_of_row, row_end, weights, w, w_scale, w_global, bias, c, capacity,
-    stride_x: gl.constexpr, stride_c: gl.constexpr,
+    stride_x: gl.constexpr, stride_c: gl.constexpr, shift_x: gl.constexpr, shift_c: gl.constexpr,
     LEN: gl.constexpr, R: gl.constexpr, N: gl.constexpr, K: gl.constexpr, UP: gl.constexpr, BATCHED: gl.constexpr,
     ACT: gl.constexpr, GATED: gl.constexpr, UP_FIRST: gl.constexpr, INTERLEAVED: gl.constexpr,
     ALPHA: gl.constexpr, LIMIT: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr, NT: gl.constexpr,
-    WR: gl.constexpr, WK: gl.constexpr, RT: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
+    WR: gl.constexpr, WK: gl.constexpr, RT: gl.constexpr, FEW: gl.constexpr, FENCED: gl.constexpr, PDL: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """c = activation(x rows @ w[e].T) of program 1's expert, or for the down product without one, for RT * WR tiles.
 
     x rows are tokens and c rows are grouped by expert in the up product; x rows are grouped and c rows are slots in the
     down product; BATCHED, all are rows of the padded buffer. Weights stream past 8 NT rows at once; an expert with more
-    reads them again, from L2.
+    reads them again, from L2. shift_x and shift_c as in `grouped.py`. FEW > 0: experts with more rows are left to
+    other kernels.
     """
     L: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [num_warps, 1], [1, 0])
     EIGHT: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([1, 1], [4, 8], [num_warps, 1], [1, 0]))
@@ -124,7 +127,14 @@ def nvfp4_rows_kernel(
             gdc_wait()
         gdc_launch_dependents()
     row_0, count = _rows_of_expert(row_end, expert, capacity, BATCHED)
-    if count > 0:
+    here = count > 0
+    if FEW > 0:
+        here = here & (count <= FEW)
+    if here:
+        if shift_x:
+            x += expert.to(gl.int64) * shift_x
+        if shift_c:
+            c += expert.to(gl.int64) * shift_c
         scale, scale_2 = scales_of(w_global, expert, UP, GATED, UP_FIRST)
         thread = gl.arange(0, 32 * num_warps, gl.SliceLayout(1, L))
         lane, warp = thread % 32, thread // 32
@@ -163,12 +173,14 @@ def nvfp4_rows_kernel(
                             ahead = first
                             there = (first < BLOCKS) & (r + 1 < RT)
                     following = load_tiles(w_ptr, s_ptr, lane, ahead, there, 4)
-                    accs = multiply_tiles(block, x_ptrs, i, accs, i < BLOCKS, STEPS * WK > BLOCKS, 4, NT)
+                    if FENCED:
+                        loads_stay_above()
+                    accs = multiply_tiles(block, x_ptrs, i, accs, i < BLOCKS, STEPS * WK > BLOCKS, 4, NT, False)
                     block = following
                 if STEPS == 0:
                     # Dot products of less than a block: no step has moved on to the next row of tiles.
                     w_ptr, s_ptr = row_tile(w, w_scale, expert, tile + (r + 1) * WR, lane, TILES, R)
-                accs = multiply_tiles(tail, x_ptrs, BLOCKS + first * 0, accs, mine, WK > 1, TAIL, NT)
+                accs = multiply_tiles(tail, x_ptrs, BLOCKS + first * 0, accs, mine, WK > 1, TAIL, NT, False)
                 for n in gl.static_range(NT):
                     _store_rows(
                         accs[n], rows[n] if UP else slots[n], slots[n], weights, scale, scale_2, bias, c, expert,

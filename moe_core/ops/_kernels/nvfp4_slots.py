@@ -12,8 +12,10 @@ from moe_core.ops._kernels.nvfp4 import (
     activated,
     gdc_launch_dependents,
     gdc_wait,
+    load_columns,
     load_tiles,
     loads_stay_above,
+    multiply_columns,
     multiply_tiles,
     result_pairs,
     row_tile,
@@ -28,7 +30,8 @@ def nvfp4_slots_up_kernel(
     H: gl.constexpr, I: gl.constexpr, K: gl.constexpr,
     ACT: gl.constexpr, GATED: gl.constexpr, UP_FIRST: gl.constexpr, INTERLEAVED: gl.constexpr,
     ALPHA: gl.constexpr, LIMIT: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr,
-    WR: gl.constexpr, WK: gl.constexpr, DEPTH: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
+    WR: gl.constexpr, WK: gl.constexpr, DEPTH: gl.constexpr, TOGETHER: gl.constexpr, PDL: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """act[s] = router weight * w2's global scale * activation(x[t] @ w13[e].T), for WR tiles of rows and one slot."""
     L: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [num_warps, 1], [1, 0])
@@ -44,6 +47,17 @@ def nvfp4_slots_up_kernel(
         # ids and x may come from the kernel just before. The next one reads ids without a wait: not before this one's.
         gdc_wait()
         gdc_launch_dependents()
+    thread = gl.arange(0, 32 * num_warps, gl.SliceLayout(1, L))
+    lane, warp = thread % 32, thread // 32
+    first = warp % WK
+    x_ptrs = (row_words(x, slot // K + lane * 0, lane % 4, stride_x),)
+    AT_ONCE: gl.constexpr = TOGETHER and STEPS <= DEPTH
+    columns = ()
+    if AT_ONCE:
+        # No need to know the expert for these.
+        for d in gl.static_range(DEPTH):
+            i = first + d * WK
+            columns = columns + (load_columns(x_ptrs, i, 0, 4, i < BLOCKS, MASKED, 1),)  # type: ignore[assignment]
     expert = gl.load(ids + slot).to(gl.int32)
     if num_rows is not None:
         expert = gl.where(slot // K < gl.load(num_rows), expert, -1)
@@ -55,9 +69,6 @@ def nvfp4_slots_up_kernel(
             scale, scale_2 = scale * weight, scale_2 * weight
         else:
             after = after * weight
-        thread = gl.arange(0, 32 * num_warps, gl.SliceLayout(1, L))
-        lane, warp = thread % 32, thread // 32
-        first = warp % WK
         w_ptr, s_ptr = row_tile(w13, w13_scale, expert, gl.program_id(0) * WR + warp // WK, lane, TILES, R)
         ring = ()
         for d in gl.static_range(DEPTH):
@@ -66,7 +77,6 @@ def nvfp4_slots_up_kernel(
         mine = first == BLOCKS % WK
         tail = load_tiles(w_ptr, s_ptr, lane, BLOCKS + first * 0, mine, TAIL)
         loads_stay_above()
-        x_ptrs = (row_words(x, slot // K + lane * 0, lane % 4, stride_x),)
         accs = (gl.zeros((32 * num_warps, 4), gl.float32, L),)
         for start in range(0, STEPS, DEPTH):
             new = ()
@@ -77,10 +87,13 @@ def nvfp4_slots_up_kernel(
                     new = new + (load_tiles(w_ptr, s_ptr, lane, ahead, ahead < BLOCKS, 4),)  # type: ignore[assignment]
                     if DEPTH > 1:
                         loads_stay_above()
-                accs = multiply_tiles(ring[d], x_ptrs, i, accs, i < BLOCKS, MASKED, 4, 1)
+                if AT_ONCE:
+                    accs = multiply_columns(ring[d], columns[d], accs, 0, 4, 4, 1)
+                else:
+                    accs = multiply_tiles(ring[d], x_ptrs, i, accs, i < BLOCKS, MASKED, 4, 1, TOGETHER)
             if STEPS > DEPTH:
                 ring = new
-        accs = multiply_tiles(tail, x_ptrs, BLOCKS + first * 0, accs, mine, WK > 1, TAIL, 1)
+        accs = multiply_tiles(tail, x_ptrs, BLOCKS + first * 0, accs, mine, WK > 1, TAIL, 1, TOGETHER)
         low, high = result_pairs(accs[0], WR, WK, OUT)
         row = gl.arange(0, 32 * WR, gl.SliceLayout(1, OUT))
         of_pair = gl.arange(0, 2, gl.SliceLayout(0, OUT))
@@ -110,9 +123,12 @@ def _load_choice(ids, valid, w2, w2_scale, token, tile, k, i, lane, I: gl.conste
 def nvfp4_slots_down_kernel(
     act, ids, weights, num_rows, w2, w2_scale, bias2, out, stride_out: gl.constexpr,
     H: gl.constexpr, I: gl.constexpr, K: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr,
-    WR: gl.constexpr, WK: gl.constexpr, DEPTH: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
+    WR: gl.constexpr, WK: gl.constexpr, DEPTH: gl.constexpr, TOGETHER: gl.constexpr, PDL: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
-    """out[t] = sum over k of act[s] @ w2[e].T + weight * bias2[e], for WR tiles of rows; `act` is weighted already."""
+    """out[t] = sum over k of act[s] @ w2[e].T + weight * bias2[e], for WR tiles of rows; `act` is weighted already.
+
+    Zero from `num_rows` on."""
     L: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [num_warps, 1], [1, 0])
     OUT: gl.constexpr = gl.BlockedLayout([1, 2], [32, 1], [num_warps, 1], [1, 0])
     TILES: gl.constexpr = I // 64
@@ -149,6 +165,14 @@ def nvfp4_slots_down_kernel(
     if PDL:
         gdc_wait()
     accs = (gl.zeros((32 * num_warps, 4), gl.float32, L),)
+    AT_ONCE: gl.constexpr = TOGETHER and STEPS <= DEPTH
+    columns = ()
+    if AT_ONCE:
+        for d in gl.static_range(DEPTH):
+            at = first + d * WK
+            x_ptrs = (row_words(act, token * K + at // EACH, lane % 4, I),)
+            columns = columns + (load_columns(x_ptrs, at % EACH, 0, 4, ring[d][1], True, 1),)  # type: ignore[assignment]
+        loads_stay_above()
     for start in range(0, STEPS, DEPTH):
         new = ()
         for d in gl.static_range(DEPTH):
@@ -160,14 +184,17 @@ def nvfp4_slots_down_kernel(
                 )  # fmt: skip
                 if DEPTH > 1:
                     loads_stay_above()
-            x_ptrs = (row_words(act, token * K + at // EACH, lane % 4, I),)
-            accs = multiply_tiles(ring[d][0], x_ptrs, at % EACH, accs, ring[d][1], True, 4, 1)
+            if AT_ONCE:
+                accs = multiply_columns(ring[d][0], columns[d], accs, 0, 4, 4, 1)
+            else:
+                x_ptrs = (row_words(act, token * K + at // EACH, lane % 4, I),)
+                accs = multiply_tiles(ring[d][0], x_ptrs, at % EACH, accs, ring[d][1], True, 4, 1, TOGETHER)
         if STEPS > DEPTH:
             ring = new
     if TAIL > 0:
         for d in gl.static_range((K + WK - 1) // WK):
             x_ptrs = (row_words(act, token * K + first + d * WK, lane % 4, I),)
-            accs = multiply_tiles(tails[d][0], x_ptrs, BLOCKS + first * 0, accs, tails[d][1], True, TAIL, 1)
+            accs = multiply_tiles(tails[d][0], x_ptrs, BLOCKS + first * 0, accs, tails[d][1], True, TAIL, 1, TOGETHER)
     low, high = result_pairs(accs[0], WR, WK, OUT)
     row = gl.arange(0, 32 * WR, gl.SliceLayout(1, OUT))
     of_pair = gl.arange(0, 2, gl.SliceLayout(0, OUT))
@@ -188,7 +215,5 @@ def nvfp4_slots_down_kernel(
             low += weight * gl.load(at, mask=used, other=0).to(gl.float32)
             high += weight * gl.load(at + 8, mask=used, other=0).to(gl.float32)
     at = out + token.to(gl.int64) * stride_out + column
-    if num_rows is not None:
-        ok = ok & (token < gl.load(num_rows))
     gl.store(at, low.to(out.dtype.element_ty), mask=ok)
     gl.store(at + 8, high.to(out.dtype.element_ty), mask=ok)

@@ -15,7 +15,7 @@ def reduce_kernel(
 ):  # fmt: skip
     """out[t] = sum over k of weights[t, k] * y[row of slot t * K + k]; slots with id -1 are not read.
 
-    Without `row_of_slot` the row is the slot.
+    Rows from `num_rows` on are zeros. Without `row_of_slot` the row is the slot.
     """
     if PDL:
         gdc_launch_dependents()
@@ -23,13 +23,13 @@ def reduce_kernel(
     # Tokens are grid dimension 0: dimension 1 ends at 65,535.
     token = tl.program_id(0)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
+    valid = True
     if num_rows is not None:
-        if token >= tl.load(num_rows):
-            return
+        valid = token < tl.load(num_rows)
     acc = tl.zeros((BH,), tl.float32)
     first = token.to(tl.int64) * K
     for k in tl.static_range(K):
-        used = tl.load(ids + first + k) >= 0
+        used = (tl.load(ids + first + k) >= 0) & valid
         weight = 1.0
         if not WEIGHT_ON_INPUT:
             weight = tl.load(weights + first + k)

@@ -56,16 +56,21 @@ def _sum_if_last(
     K: tl.constexpr,
     WEIGHT_ON_INPUT: tl.constexpr,
     BLOCKS: tl.constexpr,
+    num_rows=None,
 ):
-    """The last of a token's K programs for these columns writes their weighted sum, in slot order whoever is last."""
+    """The last of a token's K programs for these columns writes their weighted sum, in slot order whoever is last;
+    zeros from `num_rows` on."""
     token = tl.program_id(1) // K
+    valid = True
+    if num_rows is not None:
+        valid = token < tl.load(num_rows)
     # Every warp's rows must be out before the count says so.
     tl.debug_barrier()
     arrived = tl.atomic_add(arrivals + token * BLOCKS + block, 1, sem="acq_rel")
     if arrived == K - 1:
         acc = tl.zeros(n.shape, tl.float32)
         for k in tl.static_range(K):
-            used = tl.load(ids + token * K + k) >= 0
+            used = (tl.load(ids + token * K + k) >= 0) & valid
             weight = 1.0
             if not WEIGHT_ON_INPUT:
                 weight = tl.load(weights + token * K + k)
@@ -214,7 +219,6 @@ def scan_down_kernel(
         o_ptr = y + slot.to(tl.int64)[:, None] * H + n[None, :]
         tl.store(o_ptr, acc.to(y.dtype.element_ty), mask=a_ok[:, None] & n_ok[None, :])
     if BY_SLOT:
-        if num_rows is not None:
-            if tl.program_id(1) // K >= tl.load(num_rows):
-                return
-        _sum_if_last(y, ids, weights, out, arrivals, stride_out, block, n, H, K, WEIGHT_ON_INPUT, (H + BN - 1) // BN)
+        _sum_if_last(
+            y, ids, weights, out, arrivals, stride_out, block, n, H, K, WEIGHT_ON_INPUT, (H + BN - 1) // BN, num_rows
+        )

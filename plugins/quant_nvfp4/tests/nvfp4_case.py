@@ -129,15 +129,20 @@ def run(case: Case, config: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
     x, ids, router = case.inputs()
     out = torch.full((case.tokens, case.hidden), float("nan"), dtype=torch.bfloat16, device=case.device)
     launcher(x, ids, router, poisoned(launcher.workspace(case.tokens), case.device), out, case.row_count())
+    if case.num_rows is not None:
+        assert not out[case.num_rows :].any(), "zero from num_rows on"
     return out[: case.num_rows], case.expected(record, x, ids, router)[: case.num_rows]
 
 
-def run_batched(case: Case, counts: list[int], capacity: int, config: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(result, float64 truth) of the valid rows; the others hold NaN."""
+def run_batched(
+    case: Case, counts: list[int], capacity: int, config: Any = None, gap: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(result, float64 truth) of the valid rows; the others hold NaN. `gap`: values between two experts' rows."""
     record = case.record()
     launcher = Nvfp4BatchedLauncher(case.packed(record), config=config)
-    x = torch.full((case.experts, capacity, case.hidden), float("nan"), dtype=torch.bfloat16, device=case.device)
-    out = torch.full_like(x, float("nan"))
+    shape, strides = (case.experts, capacity, case.hidden), (capacity * case.hidden + gap, case.hidden, 1)
+    memory = torch.full((2, case.experts, strides[0]), float("nan"), dtype=torch.bfloat16, device=case.device)
+    x, out = (part.as_strided(shape, strides) for part in memory)
     valid = torch.arange(capacity, device=case.device) < torch.tensor(counts, device=case.device)[:, None]
     rows = case._draw(sum(counts), case.hidden, seed=3).to(torch.bfloat16).to(case.device)
     x[valid] = rows

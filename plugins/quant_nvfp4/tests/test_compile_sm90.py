@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moe_core.ops import Activation, Nvfp4BatchedLauncher, Nvfp4ExpertsLauncher, Nvfp4Weights, compile_only
+from moe_core.ops._launch import AlternatingConfig
 from moe_core.ops._nvfp4_launch import GemmTile, Nvfp4GemmConfig, Nvfp4RowsConfig, Nvfp4SlotsConfig, WarpsConfig
 
 pytest.importorskip("triton")
@@ -18,9 +19,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 OAI = Activation("swiglu_oai", "interleaved", limit=7.0)
 CONFIGS = {
     "slots": (Nvfp4SlotsConfig(WarpsConfig(1, 4, depth=2), WarpsConfig(1, 8)), 2),
-    "rows": (Nvfp4RowsConfig(WarpsConfig(4, 1), WarpsConfig(4, 1, tiles=4), 1), 4),
+    "slots together": (
+        Nvfp4SlotsConfig(WarpsConfig(1, 2, registers=80, together=True), WarpsConfig(1, 8, depth=3, together=True)),
+        2,
+    ),
+    "rows": (Nvfp4RowsConfig(WarpsConfig(4, 1, fenced=True), WarpsConfig(4, 1, tiles=4), 1), 4),
     "wide": (Nvfp4RowsConfig(WarpsConfig(8, 1, registers=128), WarpsConfig(2, 2, registers=128), 3), 4),
-    "gemm": (Nvfp4GemmConfig(GemmTile(128, 4), GemmTile(128, 4)), 5),
+    "gemm": (Nvfp4GemmConfig(GemmTile(128), GemmTile(128)), 5),
 }
 
 
@@ -52,22 +57,38 @@ def step(activation, config, tokens=8):
     launcher(x, ids, meta(tokens, 4, dtype=torch.float32), space, meta(tokens, 2880))
 
 
-@pytest.mark.parametrize("activation", [Activation(), OAI, Activation("relu2", None)], ids=["silu", "oai", "relu2"])
-@pytest.mark.parametrize("path", CONFIGS)
+def check_products_overlap(kernel):
+    """Weights are expanded while a product runs. The assembler gives that up if it can't tell which registers a product
+    under way reads, and says so only when asked: it then waits for every instruction, not once for a step's four."""
+    assert "wgmma.wait_group.sync.aligned 1" in kernel.asm["ptx"]
+    lines = kernel.asm["sass"].splitlines()
+    assert sum("HGMMA" in line for line in lines) >= 3 * sum("WARPGROUP.DEPBAR" in line for line in lines)
+
+
+def paths_and_activations():
+    for path in CONFIGS:
+        for name, activation in {"silu": Activation(), "oai": OAI, "relu2": Activation("relu2", None)}.items():
+            slow = path == "gemm" and name == "silu"  # the simplest of three that take seconds each
+            yield pytest.param(path, activation, id=f"{path}-{name}", marks=[pytest.mark.full] if slow else [])
+
+
+@pytest.mark.parametrize(("path", "activation"), list(paths_and_activations()))
 def test_paths(path, activation):
     config, launches = CONFIGS[path]
     with compile_only(90) as compiled:
         step(activation, config)
     assert len(compiled) == launches
     assert all(kernel.metadata.shared <= 227 * 1024 for kernel in compiled)
-    products = [kernel.asm["ptx"] for kernel in compiled if "mma" in kernel.asm["ptx"]]
+    products = [kernel for kernel in compiled if "mma" in kernel.asm["ptx"]]
     assert len(products) == 2
-    for text in products:
+    for kernel in products:
+        text = kernel.asm["ptx"]
         assert ".local" not in text, "no array lies in memory"
         if path == "gemm":
             # The expanded weights go from registers into the product: they never pass through shared memory.
             assert "wgmma.mma_async" in text
             assert "st.shared" not in text.split("wgmma.mma_async")[1]
+            check_products_overlap(kernel)
         else:
             assert "v4" in text, "16 bytes a lane and load"
 
@@ -79,9 +100,25 @@ def test_without_hopper(path):
     assert "mma.sync" in "".join(kernel.asm["ptx"] for kernel in compiled)
 
 
-def test_batched():
+@pytest.mark.parametrize(("capacity", "launches"), [(8, 2), (128, 6)])
+def test_batched(capacity, launches):
     launcher = Nvfp4BatchedLauncher(weights(Activation()))
-    space = {name: meta(*shape, dtype=dtype) for name, (shape, dtype) in launcher.workspace(128).items()}
+    space = {name: meta(*shape, dtype=dtype) for name, (shape, dtype) in launcher.workspace(capacity).items()}
     with compile_only(90) as compiled:
-        launcher(meta(8, 128, 2880), meta(8, dtype=torch.int32), space, meta(8, 128, 2880))
-    assert len(compiled) == 2
+        launcher(meta(8, capacity, 2880), meta(8, dtype=torch.int32), space, meta(8, capacity, 2880))
+    assert len(compiled) == launches
+
+
+def test_alternating():
+    packed = weights(Activation(), inner=256)
+    plan = ((None, Nvfp4GemmConfig(GemmTile(128), AlternatingConfig(256, 1, 2))),)
+    launcher = Nvfp4ExpertsLauncher(packed, top_k=4, plan=plan)
+    space = {name: meta(*shape, dtype=dtype) for name, (shape, dtype) in launcher.workspace(300).items()}
+    with compile_only(90) as compiled:
+        launcher(meta(300, 2880), meta(300, 4, dtype=torch.int32), meta(300, 4, dtype=torch.float32), space,
+                 meta(300, 2880))  # fmt: skip
+    text = next(k.asm["ptx"] for k in compiled if "setmaxnreg" in k.asm["ptx"])
+    assert "st.shared.v4" in text, "16 bytes of expanded weights at once"
+    assert "fence.proxy.async" in text
+    with pytest.raises(ValueError, match="power of 2"):
+        step(Activation(), plan[0][1])

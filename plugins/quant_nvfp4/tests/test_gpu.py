@@ -11,10 +11,12 @@ from nvfp4_case import Case, poisoned, relative_error, run, run_batched
 import moe_core
 from moe_core import ActivationSpec, GateUpLayout, MoEConfig, RouterSpec
 from moe_core.emulated import dequantize_weights
-from moe_core.ops import Nvfp4ExpertsLauncher
+from moe_core.ops import Nvfp4BatchedLauncher, Nvfp4ExpertsLauncher
+from moe_core.ops._launch import MAX_ALTERNATING, AlternatingConfig
 from moe_core.ops._nvfp4_launch import (
     SHORTEST,
     GemmTile,
+    Nvfp4BatchedConfig,
     Nvfp4GemmConfig,
     Nvfp4RowsConfig,
     Nvfp4SlotsConfig,
@@ -36,13 +38,21 @@ pytestmark = [
 TOLERANCE = 0.006
 PATHS = {
     "slots": Nvfp4SlotsConfig(WarpsConfig(1, 4, depth=2), WarpsConfig(2, 4, depth=2), pdl=HOPPER),
-    "rows": Nvfp4RowsConfig(WarpsConfig(4, 1, registers=72), WarpsConfig(4, 1, tiles=3), 1, pdl=HOPPER),
+    "slots together": Nvfp4SlotsConfig(
+        WarpsConfig(1, 2, registers=80, together=True), WarpsConfig(1, 4, depth=4, together=True), pdl=HOPPER
+    ),
+    "rows": Nvfp4RowsConfig(WarpsConfig(4, 1, registers=72, fenced=True), WarpsConfig(4, 1, tiles=3), 1, pdl=HOPPER),
     "wide": Nvfp4RowsConfig(WarpsConfig(8, 1, registers=128), WarpsConfig(2, 2, registers=128), 3, pdl=HOPPER),
-    "gemm": Nvfp4GemmConfig(GemmTile(128, 4), GemmTile(64, 4, group=2)),
+    "gemm": Nvfp4GemmConfig(GemmTile(128), GemmTile(64, group=2)),
+    "gemm alternating": Nvfp4GemmConfig(GemmTile(64), AlternatingConfig(256, 1, 2)),
+    "gemm alternating in two": Nvfp4GemmConfig(GemmTile(128), AlternatingConfig(128, 2, 2)),
 }
 NAMES = [name for name in PATHS if HOPPER or not name.startswith("gemm")]
 OAI = ActivationSpec("swiglu_oai", GateUpLayout.INTERLEAVED, limit=1.0, bias=True)
-SIZES = [(1, 2880, 1408, 8, 4), (33, 1408, 512, 16, 6), (90, 512, 2880, 1, 1), (31, 64, 64, 64, 16)]
+SIZES = [
+    (1, 2880, 1408, 8, 4), (33, 1408, 512, 16, 6), (90, 512, 2880, 1, 1), (31, 64, 64, 64, 16), (70, 1344, 256, 9, 3),
+]  # fmt: skip
+BATCHED = Nvfp4BatchedConfig(PATHS["rows"], GemmTile(64), few=8)
 CHANGES = [
     {}, {"routing": "one"}, {"routing": "none"}, {"extreme": True}, {"row_stride": 264}, {"row_stride": 259},
     {"num_rows": 7}, {"num_rows": 0}, {"ids_dtype": torch.int64, "weight_on_input": True}, {"activation": OAI},
@@ -68,15 +78,18 @@ def check(case: Case, config=None) -> None:
 @pytest.mark.parametrize("path", NAMES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_paths_and_odd_sizes(path, size):
-    if path == "gemm" and min(size[1:3]) < SHORTEST:
+    if path.startswith("gemm") and min(size[1:3]) < SHORTEST:
         pytest.skip("the GEMMs are for longer dot products")
+    if "alternating" in path and size[2] > MAX_ALTERNATING:
+        pytest.skip("for short I")
     check(Case(*size), PATHS[path])
 
 
 @pytest.mark.parametrize("path", NAMES)
 @pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_variants(path, change):
-    check(dataclasses.replace(Case(20, 256, 320, top_k=3), **change), PATHS[path])
+    inner = 256 if "alternating" in path else 320
+    check(dataclasses.replace(Case(20, 256, inner, top_k=3), **change), PATHS[path])
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 17, 100, 700, 3000])
@@ -115,6 +128,29 @@ def test_batched(counts, activation):
     case = Case(1, 320, 192, activation=activation)
     out, expected = run_batched(case, counts, 200)
     assert relative_error(out, expected) <= TOLERANCE
+
+
+@pytest.mark.skipif(not HOPPER, reason="the GEMMs are for Hopper")
+@pytest.mark.parametrize("activation", [ActivationSpec(), OAI], ids=["plain", "oai"])
+@pytest.mark.parametrize("config", [None, BATCHED], ids=["own choice", "few: 8"])
+@pytest.mark.parametrize("counts", [[0, 8, 9, 0, 0, 0], [1, 64, 0, 130, 3, 0], [200] * 6, [17, 0, 77, 1, 16, 9]])
+@pytest.mark.parametrize("gap", [0, 1000], ids=["whole", "gaps"])
+def test_batched_with_few_and_with_many_rows(counts, config, activation, gap):
+    case = Case(1, 320, 448, activation=activation)
+    out, expected = run_batched(case, counts, 200, config, gap)
+    assert relative_error(out, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 77, 1, 16, 9], [0] * 6])
+def test_batched_rows_past_the_counts_stay(counts):
+    case = Case(1, 320, 448)
+    launcher = Nvfp4BatchedLauncher(case.packed(case.record()))
+    x = torch.full((6, 100, 320), float("nan"), device="cuda", dtype=torch.bfloat16)
+    out = torch.full_like(x, 7.0)
+    valid = torch.arange(100, device="cuda") < torch.tensor(counts, device="cuda")[:, None]
+    x[valid] = 1.0
+    launcher(x, torch.tensor(counts, dtype=torch.int32, device="cuda"), poisoned(launcher.workspace(100), "cuda"), out)
+    assert bool((out[~valid] == 7).all())
 
 
 @pytest.mark.parametrize("tokens", [1, 12, 300])

@@ -8,6 +8,7 @@ import itertools
 import pytest
 
 from moe_core.ops import ExpertsProblem
+from moe_core.ops._launch import AlternatingConfig
 from moe_core.ops._nvfp4_launch import (
     GemmTile,
     Nvfp4GemmConfig,
@@ -62,7 +63,11 @@ def test_programs_fit_everywhere(hidden, inner, top_k, tokens):
     config = default_nvfp4_config(ExpertsProblem(16, top_k, hidden, inner), tokens)
     for part in (config.up, config.down):
         if isinstance(part, GemmTile):
-            assert part.stages * (part.block_n * 128 + 5120) <= 227 * 1024 / 2, "two programs a multiprocessor"
+            programs = 2 if part.registers else 1
+            assert part.stages * (part.block_n * 128 + 5120) <= 227 * 1024 / programs
+            assert 256 * part.registers * programs <= 65536
+        elif isinstance(part, AlternatingConfig):
+            assert inner == 256
         else:
             threads = 32 * part.rows * part.along_k
             assert threads <= 1024
@@ -80,7 +85,35 @@ def test_a_plan_that_ends_too_early_says_so():
         nvfp4_config_for(plan, 5)
 
 
-@pytest.mark.parametrize("capacity", [1, 8, 4096])
-def test_batched_rows(capacity):
-    assert nvfp4_batched_config(QWEN3, capacity).eights <= 3
-    assert not nvfp4_batched_config(dataclasses.replace(QWEN3, capability=(8, 0)), capacity).pdl
+def test_short_dot_products_alternate_and_many_rows_take_wide_tiles():
+    for tokens, problem, up, down in (
+        (1024, DEEPSEEK, GemmTile(64), GemmTile(64)),
+        (4096, DEEPSEEK, GemmTile(128), AlternatingConfig(128, 2, 2)),
+        (16384, DEEPSEEK, GemmTile(128), AlternatingConfig(256, 1, 2)),
+        (4096, QWEN3, GemmTile(128), GemmTile(128)),
+        (16384, QWEN3, GemmTile(256, registers=0), GemmTile(128)),
+    ):
+        assert default_nvfp4_config(problem, tokens) == Nvfp4GemmConfig(up, down)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("capacity", [1, 8, 17, 64, 4096])
+def test_batched(problem, capacity):
+    config = nvfp4_batched_config(problem, capacity)
+    assert config.rows.eights <= 3
+    if problem is SMALL:
+        assert config.tile is None, "a dot product shorter than the buffers"
+    else:
+        assert config.rows.eights == 1
+        assert (config.tile is None) == (capacity <= 8)
+    if config.tile is not None:
+        assert config.few == 8 * config.rows.eights, "experts with one pass of rows stay with the kernels for few"
+    old = nvfp4_batched_config(dataclasses.replace(problem, capability=(8, 0)), capacity)
+    assert old.tile is None
+    assert not old.rows.pdl
+
+
+@pytest.mark.parametrize("stages", [2, 3, 5])
+def test_stages_take_turns(stages):
+    with pytest.raises(ValueError, match=f"stages = {stages}"):
+        GemmTile(128, stages)

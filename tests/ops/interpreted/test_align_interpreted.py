@@ -4,7 +4,7 @@ import pytest
 import torch
 from case import poisoned
 
-from moe_core.ops._align import AlignLaunch
+from moe_core.ops._align import LISTED, AlignLaunch
 from moe_core.ops._launch import ExpertsProblem
 from moe_core.ops.experts import experts_workspace
 
@@ -36,20 +36,30 @@ def test_rows_are_a_stable_sort_of_the_slots(tokens, top_k, experts, num_rows, n
     assert torch.equal(found["row_end"].long(), counts.cumsum(0))
 
 
-def test_experts_with_a_short_last_tile_come_first_in_the_list():
-    counts = (40, 64, 0, 32, 70, 5, 100)
+def tile_numbers(counts, short):
+    """{tile number: (expert, first row)} of neighbours that share theirs, those with a short last tile first."""
+    numbers, start = {}, 0
+    for low in range(0, len(counts), LISTED):
+        at, first, after = start // BLOCK_M + low, [], []
+        for e, count in enumerate(counts[low : low + LISTED], low):
+            tiles = [(e, start + row) for row in range(0, count, BLOCK_M)]
+            (first if len(tiles) > 1 and 0 < count % BLOCK_M <= short else after).extend(tiles)
+            start += count
+        numbers |= dict(enumerate(first + after, at))
+    return numbers
+
+
+@pytest.mark.parametrize("num_sms", [132, 2], ids=["an expert a program", "two"])
+@pytest.mark.parametrize("experts", [7, 32, 69])
+def test_experts_with_a_short_last_tile_come_before_their_neighbours(experts, num_sms):
+    counts = [(40, 64, 0, 32, 70, 5, 100)[e % 7] for e in range(experts)]
     flat = torch.cat([torch.full((count,), e, dtype=torch.int32) for e, count in enumerate(counts)])
-    ids = torch.cat([flat, flat.new_full((1,), -1)])[torch.randperm(len(flat) + 1)].view(-1, 2)
-    found = aligned(ids, len(counts), short=16)
-    first, after = [], []
-    start = 0
-    for e, count in enumerate(counts):
-        tiles = [(e, start + row) for row in range(0, count, BLOCK_M)]
-        short = len(tiles) > 1 and 0 < count % BLOCK_M <= 16
-        (first if short else after).extend(tiles)
-        start += count
-    expected = first + after
-    assert [e for e, _ in first] == [0, 0, 4, 4, 4, 6, 6, 6, 6]
-    total = ids.numel() // BLOCK_M + len(counts)
-    assert found["tile_expert"][:total].tolist() == [e for e, _ in expected] + [-1] * (total - len(expected))
-    assert found["tile_row"][: len(expected)].tolist() == [row for _, row in expected]
+    flat = torch.cat([flat, flat.new_full((2 - len(flat) % 2,), -1)])
+    ids = flat[torch.randperm(len(flat))].view(-1, 2)
+    found = aligned(ids, experts, short=16, num_sms=num_sms)
+    expected = tile_numbers(counts, 16)
+    assert list(dict.fromkeys(e for e, _ in expected.values()))[:3] == [0, 4, 6]
+    total = ids.numel() // BLOCK_M + experts
+    assert found["tile_expert"][:total].tolist() == [expected.get(i, (-1, 0))[0] for i in range(total)]
+    for i, (_, row) in expected.items():
+        assert found["tile_row"][i] == row

@@ -78,8 +78,17 @@ def test_own_choice(tokens):
         assert relative_error(out, case.expected(weights, x, ids, router)) <= 1e-6
 
 
+@pytest.mark.parametrize(
+    "buffers",
+    [
+        lambda hidden: torch.full((4, 40, 80), float("nan"))[:, :, :hidden],
+        lambda hidden: torch.full((40, 4, hidden), float("nan")).transpose(0, 1),
+        lambda hidden: torch.full((4, 43, hidden + 1), float("nan"))[:, 2:42, 1:],
+    ],
+    ids=["longer rows", "experts side by side", "odd places"],
+)
 @pytest.mark.parametrize("tile", [POINTERS, MAPS], ids=["pointers", "maps"])
-def test_batched(tile):
+def test_batched(tile, buffers):
     case = dataclasses.replace(BASE, bias=True)
     weights = case.weights()
     walk = dataclasses.replace(tile, persistent=1)
@@ -87,11 +96,9 @@ def test_batched(tile):
         **weights, activation=case.activation, config=GroupedConfig(walk, walk, pdl=False)
     )
     counts = (0, 37, 5, 40)
-    # A padded hidden dim: rows are views of longer ones.
-    x = torch.full((4, 40, 80), float("nan"))[:, :, : case.hidden]
+    x, out = (buffers(case.hidden) for _ in range(2))
     for expert, rows in enumerate(counts):
         x[expert, :rows] = torch.randn(rows, case.hidden)
-    out = torch.full((4, 40, 80), float("nan"))[:, :, : case.hidden]
     count = torch.tensor(counts, dtype=torch.int32)
     launcher(x, count, poisoned(launcher.workspace(40), "cpu"), out)
     expected = experts_batched_torch(x, count, **weights, activation=case.activation)

@@ -37,3 +37,19 @@ def test_columns_in_the_order_of_the_lanes(tokens, hidden):
     launch = KernelLaunch(nvfp4_permute_kernel, {"H": hidden, "BT": 8, "BH": 128}, warps=4)
     launch((-(-tokens // 8), -(-hidden // 128), 1), None, x, out, tokens, x.stride(0))
     assert torch.equal(out, x[:, lane_order(hidden)])
+
+
+@pytest.mark.parametrize("gap", [0, 64])
+def test_batched_columns_of_experts_with_many_rows(gap):
+    from moe_core.ops._kernels.nvfp4_prepare import nvfp4_permute_batched_kernel
+
+    counts, capacity, hidden, few = [0, 2, 3, 20, 40], 30, 128, 2
+    memory = torch.full((2, 5, capacity * hidden + gap), float("nan"))
+    x, out = (part.as_strided((5, capacity, hidden), (capacity * hidden + gap, hidden, 1)) for part in memory)
+    x[:] = torch.randn(x.shape)
+    launch = KernelLaunch(nvfp4_permute_batched_kernel, {"H": hidden, "FEW": few, "BT": 8, "BH": 128}, warps=4)
+    launch((2, 1, 5), None, x, torch.tensor(counts, dtype=torch.int32), out, capacity, hidden, hidden, gap, gap)
+    for expert, count in enumerate(counts):
+        rows = min(count, capacity) if count > few else 0
+        assert torch.equal(out[expert, :rows], x[expert, :rows, lane_order(hidden)])
+        assert bool(out[expert, rows:].isnan().all())
