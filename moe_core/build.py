@@ -11,7 +11,8 @@ import torch
 from moe_core.answers import probed
 from moe_core.config import MoEConfig, MoEParallelConfig, Problem
 from moe_core.errors import MoEError, UnsupportedError
-from moe_core.interfaces import Group, MoERunnerInterface
+from moe_core.forms import claimed, made_method, made_router, made_runner, registered_as
+from moe_core.interfaces import Group, MoERunnerInterface, Router
 from moe_core.plugins import PluginRecord, registry
 from moe_core.quant import UNQUANTIZED, QuantMethod, QuantScheme
 from moe_core.routed_experts import RoutedExperts
@@ -113,15 +114,16 @@ def build_runner(
     replan = functools.partial(
         plan, config, parallel=parallel, dispatch=dispatch, experts=experts, device=Device.of(target)
     )
-    found = registry()
     chosen = replan(scheme=scheme if quant_method is None else _scheme_of(quant_method, scheme))
-    method: QuantMethod = quant_method or found.find("quant_methods", chosen.scheme.name).factory()
+    method = quant_method or made_method(registry().find("quant_methods", chosen.scheme.name))
     if shared_experts is not None and not isinstance(shared_experts, SharedExperts):
         shared_experts = SharedExperts(shared_experts)
-    return found.find("runners", runner)(
+    return made_runner(
+        registry().find("runners", runner),
+        registered_as("runner", runner),
         chosen,
         RoutedExperts(chosen, method, target),
-        found.find("routers", config.router.name)(config).for_device(target, config.num_experts),
+        _router(config, target),
         replan=replan,
         group=group,
         gate=gate,
@@ -130,6 +132,12 @@ def build_runner(
         routed_input_transform=routed_input_transform,
         routed_output_transform=routed_output_transform,
     )
+
+
+def _router(config: MoEConfig, device: torch.device) -> Router:
+    name = config.router.name
+    router = made_router(registry().find("routers", name), config, registered_as("router", name))
+    return router.for_device(device, config.num_experts)
 
 
 def _check_group(parallel: MoEParallelConfig, group: Group | None) -> None:
@@ -156,7 +164,7 @@ def method_for_checkpoint(config: Mapping[str, Any], scheme: str | None = None) 
     for name, entry in entries.items():
         if entry.from_checkpoint_config is None:
             continue
-        answer = entry.from_checkpoint_config(config)
+        answer = claimed(entry, config)
         if isinstance(answer, QuantMethod):
             return answer
         reasons.append(f"  {name} ({entry.plugin}): {answer}")
@@ -176,8 +184,7 @@ def _scheme_of(method: QuantMethod, scheme: QuantScheme | str | None) -> QuantSc
 
 def _scheme(scheme: QuantScheme | str | None) -> QuantScheme:
     if isinstance(scheme, str):
-        method: QuantMethod = registry().find("quant_methods", scheme).factory()
-        return method.scheme
+        return made_method(registry().find("quant_methods", scheme)).scheme
     return scheme or UNQUANTIZED
 
 

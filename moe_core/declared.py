@@ -14,6 +14,8 @@ import attrs
 
 CAPABILITIES_PAGE = "docs/capabilities.md"
 HOOKS_PAGE = "docs/hooks.md"
+API_PAGE = "docs/api.md"
+STABILITY_PAGE = "docs/stability.md"
 
 _LONGEST_VALUE = 100
 """Characters of a wrong value that are shown: it may be a whole record."""
@@ -62,7 +64,6 @@ NAME = Rule("a str, not empty", lambda value: isinstance(value, str) and bool(va
 COUNT = Rule("an int >= 1", lambda value: _is_int(value) and value >= 1)
 FUNCTION = Rule("a function", callable)
 VERSION = Rule("a pair of ints, (major, minor)", _are_ints)
-PRIORITY = Rule("an int", _is_int)
 PRIORITY_BY_ROWS = Rule("an int, or ((first_row, priority), …) with rising rows", _is_priority)
 
 

@@ -10,6 +10,7 @@ K top-k · W ranks · R received rows · C row capacity per local expert.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -19,7 +20,8 @@ from moe_core.answers import footprint_of, probed
 from moe_core.config import Problem
 from moe_core.errors import PluginError, UnsupportedError
 from moe_core.footprint import payload_row_bytes, share_of_tokens
-from moe_core.interfaces import Candidate, Experts
+from moe_core.forms import made_dispatch, made_experts, made_method, who
+from moe_core.interfaces import Candidate
 from moe_core.kernel import workspace_bytes
 from moe_core.plugins import registry
 from moe_core.routed_experts import RoutedExperts
@@ -104,21 +106,40 @@ class PairCost:
         cost: None where more speaks against it than that it can't be had here.
         missing: what can't be had here, though the layer would suit it, one line each: `cost` is what it would be where
             these are mended.
+        broken: which backend of a pair that could run broke its contract, so that there is no cost.
+        unusable: which backend of a pair that could run can't be built: its factory makes none. Also among the reasons.
     """
 
     report: PairReport
     cost: Cost | None
     missing: tuple[str, ...] = ()
+    broken: tuple[Rejection, ...] = ()
+    unusable: tuple[Rejection, ...] = ()
 
     @property
     def verdict(self) -> str:
         return "not here" if self.missing else self.report.verdict
 
 
+class _NotConnected(Exception):
+    """A backend's factory got as far as talking to other ranks."""
+
+
+@attrs.frozen(eq=False)
+class _Nobody:
+    """Stands for the ranks of a layer that is planned and not run: their number is known, and nobody is there."""
+
+    rank: int
+    size: int
+
+    def __getattr__(self, name: str) -> Any:
+        raise _NotConnected(name)
+
+
 def pair_costs(problem: Problem, tokens: int) -> list[PairCost]:
     """Every pair of registered backends for a layer, in the order in which selection walks them.
 
-    A footprint that can't be had is one more reason against its pair, and the others are costed.
+    A backend that breaks its contract is one more reason against its pair, and the others are costed.
 
     Args:
         problem: the layer, its spread, its scheme and the device, which need not be here.
@@ -131,12 +152,41 @@ def pair_costs(problem: Problem, tokens: int) -> list[PairCost]:
         reports = select(problem, list(dispatches.values()), list(experts.values())).reports
     except UnsupportedError as error:
         reports = tuple(error.rejections)
-    return [_pair_cost(problem, tokens, report, dispatches[report.dispatch], experts[report.experts])
+    unusable = {
+        id(candidate): rejection
+        for kind, candidates in (("dispatch", dispatches), ("experts", experts))
+        for name, candidate in candidates.items()
+        if any(getattr(report, kind) == name and not report.rejections for report in reports)
+        and (rejection := _unusable(kind, candidate, problem))
+    }
+    return [_pair_cost(problem, tokens, report, dispatches[report.dispatch], experts[report.experts], unusable)
             for report in reports]  # fmt: skip
 
 
+def _unusable(kind: str, candidate: Candidate[Any], problem: Problem) -> Rejection | None:
+    """Why a backend can't be built: its factory makes none. What it lacks here, ranks say, is no such reason."""
+    parallel = problem.parallel
+    ranks = max(parallel.ep_size, parallel.tp_size)
+    group = None if ranks == 1 else _Nobody(parallel.ep_rank if parallel.ep_size > 1 else parallel.tp_rank, ranks)
+    made = made_dispatch if kind == "dispatch" else made_experts
+    try:
+        made(candidate, (problem.config, parallel, problem.scheme, group, problem.config.placement))
+    except PluginError as error:
+        owner = who(kind, candidate)
+        says, origin = str(error).removeprefix(f"{owner}: "), owner.removeprefix(f"{kind} {candidate.name!r} ")
+        return Rejection(f"{kind} {candidate.name}", f"not usable: {says} {origin}")
+    except Exception:  # noqa: BLE001 - a vendor's library may raise what it likes where its device or ranks are missing
+        return None
+    return None
+
+
 def _pair_cost(
-    problem: Problem, tokens: int, report: PairReport, dispatch: Candidate[Any], experts: Candidate[Any]
+    problem: Problem,
+    tokens: int,
+    report: PairReport,
+    dispatch: Candidate[Any],
+    experts: Candidate[Any],
+    unusable: Mapping[int, Rejection],
 ) -> PairCost:
     missing = {
         f"{kind} {candidate.name}": candidate.availability.reason
@@ -148,13 +198,16 @@ def _pair_cost(
         plan = select(problem, usable[:1], usable[1:])
     except UnsupportedError:
         return PairCost(report=report, cost=None)
-    shown = tuple(f"{who}: {reason}" for who, reason in missing.items())
+    if not report.rejections and (against := [unusable[id(c)] for c in (dispatch, experts) if id(c) in unusable]):
+        told = attrs.evolve(report, rejections=tuple(against))
+        return PairCost(report=told, cost=None, unusable=tuple(against))
+    shown = tuple(f"{owner}: {reason}" for owner, reason in missing.items())
     try:
         cost = cost_of(plan, tokens)
-    except PluginError as error:  # its footprint: one backend's mistake, and the other pairs' costs are known
-        rejection = Rejection(f"dispatch {dispatch.name}", str(error).removeprefix(f"dispatch {dispatch.name}: "))
-        report = attrs.evolve(report, rejections=(*report.rejections, rejection))
-        return PairCost(report=report, cost=None)
+    except PluginError as error:  # one backend's mistake, which its text names; the other pairs' costs are known
+        owner, _, reason = str(error).partition(": ")
+        broken = (Rejection(owner, reason),)
+        return PairCost(report=attrs.evolve(report, rejections=report.rejections + broken), cost=None, broken=broken)
     return PairCost(report=report, cost=cost, missing=shown)
 
 
@@ -162,7 +215,7 @@ def cost_of(plan: Plan, tokens: int) -> Cost:
     """What a plan costs one rank at T tokens on every rank.
 
     Raises:
-        PluginError: the dispatch's footprint raised, or is none.
+        PluginError: the dispatch's footprint raised, or is none; or the experts' factory makes none.
     """
     problem, config = plan.problem, plan.config
     parallel, hidden, itemsize = problem.parallel, config.experts_hidden_size, config.dtype.itemsize
@@ -209,20 +262,26 @@ def cost_of(plan: Plan, tokens: int) -> Cost:
 
 def weight_bytes(plan: Plan) -> int:
     """One layer's weights on this rank, as its quantization method creates them."""
-    method = registry().find("quant_methods", plan.scheme.name).factory()
+    method = made_method(registry().find("quant_methods", plan.scheme.name))
     layer = RoutedExperts(plan, method, torch.device("meta"))
     return sum(parameter.nbytes for parameter in layer.parameters())
 
 
 def _workspace_bytes(plan: Plan, rows: int) -> int | None:
-    """Of the experts that serve this row bound; None: what they need to be made is not here."""
+    """Of the experts that serve this row bound; None: what they need to be made is not here.
+
+    Raises:
+        PluginError: their factory makes no experts, or they declare no workspaces that can be read.
+    """
     chosen = [item for item in plan.ranges if item.first_row <= rows][-1]
     arguments = (plan.config, plan.problem.parallel, plan.scheme, None, plan.config.placement)
     try:
-        experts: Experts = chosen.candidate.factory(*arguments)
+        experts = made_experts(chosen.candidate, arguments)
+    except PluginError:
+        raise
     except Exception:  # noqa: BLE001 - a vendor's library may raise what it likes where its device is missing
         return None
-    return workspace_bytes(experts, rows, plan.activation_format)
+    return workspace_bytes(chosen.candidate, experts, rows, plan.activation_format)
 
 
 def _all_reduce(size: int, ranks: int) -> int:

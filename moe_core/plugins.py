@@ -28,8 +28,8 @@ from moe_core.declared import (
     FUNCTION,
     HOOKS_PAGE,
     NAME,
-    PRIORITY,
     PRIORITY_BY_ROWS,
+    STABILITY_PAGE,
     Rule,
     instance_of,
     optional,
@@ -122,11 +122,11 @@ class Registry:
     runners: dict[str, RunnerFactory] = attrs.field(factory=dict)
 
     def not_loaded(self) -> list[str]:
-        """One sentence for each plugin that was found and is not in use, with the reason."""
+        """One sentence for each plugin that was found and can't be used, with the reason. (Disabled ones could.)"""
         return [
             f"plugin {record.name} ({record.label}) is {record.status}: {record.reason}"
             for record in self.plugins
-            if record.status is not PluginStatus.LOADED
+            if record.status not in (PluginStatus.LOADED, PluginStatus.DISABLED)
         ]
 
     def find(self, kind: str, name: str) -> Any:
@@ -191,7 +191,7 @@ class _Registrar:
         self.entries.append((kind, name, entry))
         self.record.registers += (f"{shown}:{name}",)
 
-    def _backend(self, kind: str, capabilities_type: type, priority_rule: Rule) -> Callable[..., None]:
+    def _backend(self, kind: str, capabilities_type: type) -> Callable[..., None]:
         declaration = instance_of(capabilities_type, f"a moe_core.{capabilities_type.__name__}")
 
         def register(
@@ -217,7 +217,7 @@ class _Registrar:
                 ("factory", factory, FUNCTION),
                 ("capabilities", capabilities, declaration),
                 ("probe", probe, FUNCTION),
-                ("priority", priority, priority_rule),
+                ("priority", priority, PRIORITY_BY_ROWS),
             )
 
         return register
@@ -243,8 +243,8 @@ class _Registrar:
     def call_hooks(self, manager: pluggy.PluginManager, module: ModuleType) -> None:
         """Call this plugin's hooks, and no other's, each with the `register` of its kind."""
         registers: dict[str, Callable[..., None]] = {
-            "moe_core_register_prepare_finalize": self._backend("dispatch", DispatchCapabilities, PRIORITY),
-            "moe_core_register_experts": self._backend("experts", ExpertsCapabilities, PRIORITY_BY_ROWS),
+            "moe_core_register_prepare_finalize": self._backend("dispatch", DispatchCapabilities),
+            "moe_core_register_experts": self._backend("experts", ExpertsCapabilities),
             "moe_core_register_quant_methods": self._quant_method(),
             "moe_core_register_routers": self._maker("routers", "router"),
             "moe_core_register_runners": self._maker("runners", "runner"),
@@ -271,15 +271,19 @@ def _names_in(variable: str) -> set[str] | None:
 
 def _api_complaint(record: PluginRecord, module: ModuleType) -> str:
     """Why the plugin's API version doesn't fit, or ""."""
-    api = getattr(module, "moe_core_api", None)
-    shown = ".".join(map(str, PLUGIN_API))
+    expected = f"expected a pair of ints such as {PLUGIN_API} ({STABILITY_PAGE})"
+    if not hasattr(module, "moe_core_api"):
+        return f"{record.module} does not set moe_core_api; {expected}"
+    api = module.moe_core_api
     if not (isinstance(api, tuple) and len(api) == 2 and all(isinstance(part, int) for part in api)):
-        return f"{record.module} sets moe_core_api = {api!r}; expected a pair of ints such as {PLUGIN_API}"
+        return f"{record.module} sets moe_core_api = {api!r}; {expected}"
     if api[0] == PLUGIN_API[0] and api[1] <= PLUGIN_API[1]:
         return ""
-    wanted = ".".join(map(str, api))
     newer = "moe-core" if api > PLUGIN_API else record.distribution
-    return f"it is built for plugin API {wanted}, this moe-core speaks {shown}; try pip install --upgrade {newer}"
+    return (
+        f"{record.module} declares moe_core_api = {api}, this moe-core speaks {PLUGIN_API}; "
+        f"try pip install --upgrade {newer} ({STABILITY_PAGE})"
+    )
 
 
 def _hook_complaint(record: PluginRecord, manager: pluggy.PluginManager, module: ModuleType) -> str:
@@ -291,7 +295,8 @@ def _hook_complaint(record: PluginRecord, manager: pluggy.PluginManager, module:
         if not callable(function) or not (options or name.startswith("moe_core_register_")):
             continue
         if hook not in _HOOKS:
-            close = difflib.get_close_matches(hook, _HOOKS, n=1)
+            # a backend that is called dispatch everywhere else comes through the hook of its interface's name
+            close = difflib.get_close_matches(hook.replace("dispatch", "prepare_finalize"), _HOOKS, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             return (
                 f"{record.module} defines {hook}, which is no hook; {hint}There are {', '.join(_HOOKS)} ({HOOKS_PAGE})"
@@ -364,12 +369,14 @@ class PluginLoader:
         self._in_process[name] = (registrar, module)
         return record
 
-    def unregister(self, name: str) -> None:
+    def unregister(self, plugin: ModuleType | str) -> None:
         """Undo `register`."""
-        if name not in self._in_process:
+        names = [name for name, (_, module) in self._in_process.items() if plugin in (name, module)]
+        if not names:
+            shown = plugin if isinstance(plugin, str) else getattr(plugin, "__name__", plugin)
             known = ", ".join(self._in_process) or "none"
-            raise PluginError(f"no plugin {name!r} was registered in this process; registered so: {known}")
-        registrar, module = self._in_process.pop(name)
+            raise PluginError(f"no plugin {shown!r} was registered in this process; registered so: {known}")
+        registrar, module = self._in_process.pop(names[0])
         self._manager.unregister(module)
         registrar.withdraw()
 
@@ -454,12 +461,23 @@ def registry() -> Registry:
 def register_plugin(module: ModuleType, name: str | None = None) -> PluginRecord:
     """Register a plugin module in this process, without packaging (for tests and notebooks).
 
+    Args:
+        module: as an entry point would name it.
+        name: what listings call it; None: the module's name.
+
     Raises:
         PluginError: it does not load, or the name is taken.
     """
     return _loaded().register(module, name)
 
 
-def unregister_plugin(name: str) -> None:
-    """Take back what `register_plugin` did. Plans that were made keep what they chose."""
-    _loaded().unregister(name)
+def unregister_plugin(plugin: ModuleType | str) -> None:
+    """Take back what `register_plugin` did. Plans that were made keep what they chose.
+
+    Args:
+        plugin: the module that was registered, or the name that it got.
+
+    Raises:
+        PluginError: it is not registered in this process.
+    """
+    _loaded().unregister(plugin)

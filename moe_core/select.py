@@ -23,6 +23,7 @@ from moe_core.interfaces import Candidate
 from moe_core.quant import QuantScheme
 from moe_core.ranges import ExpertsCandidate as ExpertsCandidate  # beside DispatchCandidate, for who calls `select`
 from moe_core.ranges import ExpertsRange, choose_ranges, contenders, peak_priority, unmeasured
+from moe_core.reports import format_summary, format_table, table
 from moe_core.tuned import NOT_TUNED, LaunchTable, Tuned
 from moe_core.types import (
     MODEL_DTYPE_PAYLOAD,
@@ -186,6 +187,10 @@ class Plan:
 
     def explain(self) -> str:
         """The plan and every candidate pair with its reasons, as text. `to_dict` is the same for machines."""
+        return f"{self.choice()}\n{format_table(self.reports)}"
+
+    def choice(self) -> str:
+        """What runs, and who owns which duty: `explain` without the other candidates."""
         experts = ", ".join(
             r.candidate.name if len(self.ranges) == 1 else f"{r.candidate.name} from {r.first_row} rows"
             for r in self.ranges
@@ -204,31 +209,10 @@ class Plan:
             chosen += f" · shared experts {self.shared_experts_order.value}"
         if self.launch:
             by.append(f"launch parameters: also measured by moe-core tune, on {self.tuned.date} ({self.tuned.source})")
-        duties = ", ".join(f"{duty.value} by {owner}" for duty, owner in self.owners.items())
-        return "\n".join([chosen, *by, f"each duty once: {duties}", format_table(self.reports)])
-
-
-def table(reports: Sequence[PairReport]) -> list[dict[str, Any]]:
-    """The candidate table, for JSON."""
-    return [
-        {
-            "dispatch": report.dispatch,
-            "experts": report.experts,
-            "priority": list(report.priority),
-            "verdict": report.verdict,
-            "reasons": [f"{item.candidate}: {item.reason}" for item in report.rejections],
-        }
-        for report in reports
-    ]
-
-
-def format_table(reports: Sequence[PairReport]) -> str:
-    """The candidate table, as text: one pair a line, its reasons indented under it."""
-    lines = []
-    for report in reports:
-        lines.append(f"  {report.verdict:<9}  {report.dispatch} + {report.experts}  (priority {report.priority})")
-        lines += [f"               {item.candidate}: {item.reason}" for item in report.rejections]
-    return "\n".join(lines)
+        several = " or ".join(dict.fromkeys(item.candidate.name for item in self.ranges))  # each of them owns the same
+        shown = {d: f"experts {several}" if owner.startswith("experts ") else owner for d, owner in self.owners.items()}
+        duties = ", ".join(f"{duty.value} by {owner}" for duty, owner in shown.items())
+        return "\n".join([chosen, *by, f"each duty once: {duties}"])
 
 
 def select(
@@ -253,18 +237,19 @@ def select(
     """
     pairs = [
         (d, e)
-        for d, e in _in_order(dispatch_candidates, experts_candidates)
+        for d, e in _in_order(problem, dispatch_candidates, experts_candidates)
         if dispatch in (None, d.name) and experts in (None, e.name)
     ]
     reports = [
-        PairReport(d.name, e.name, (priority_at(d.priority, 0), peak_priority(e)), tuple(_reject_pair(problem, d, e)))
+        PairReport(d.name, e.name, (_priority_of(problem, d), peak_priority(e)), tuple(_reject_pair(problem, d, e)))
         for d, e in pairs
     ]
     winner = next((i for i, report in enumerate(reports) if not report.rejections), None)
     if winner is None:
         asked = ", ".join(f"{k} {v!r}" for k, v in (("dispatch", dispatch), ("experts", experts)) if v)
         wanted = f" as asked ({asked})" if asked else ""
-        raise UnsupportedError(f"no pair of backends can run this layer{wanted}:\n{format_table(reports)}", reports)
+        against = format_summary(reports) if asked else format_table(reports)
+        raise UnsupportedError(f"no pair of backends can run this layer{wanted}:\n{against}", reports)
     chosen_dispatch, first = pairs[winner]
     payload = _payload(problem, chosen_dispatch, first)
     assert payload is not None, "a pair without a payload must have been rejected"
@@ -294,11 +279,15 @@ def select(
 
 
 def _in_order(
-    dispatch_candidates: Sequence[DispatchCandidate], experts_candidates: Sequence[ExpertsCandidate]
+    problem: Problem, dispatch_candidates: Sequence[DispatchCandidate], experts_candidates: Sequence[ExpertsCandidate]
 ) -> Iterator[tuple[DispatchCandidate, ExpertsCandidate]]:
-    for d in sorted(dispatch_candidates, key=lambda c: (-priority_at(c.priority, 0), c.name)):
+    for d in sorted(dispatch_candidates, key=lambda c: (-_priority_of(problem, c), c.name)):
         for e in sorted(experts_candidates, key=lambda c: (-peak_priority(c), c.name)):
             yield d, e
+
+
+def _priority_of(problem: Problem, dispatch: DispatchCandidate) -> int:
+    return priority_at(dispatch.priority, problem.config.max_tokens_per_rank or 0)
 
 
 def _cannot_share(
@@ -426,8 +415,10 @@ def _reject_dispatch(problem: Problem, d: DispatchCandidate) -> Iterator[str]:
     yield from _reject_common(problem, d)
     ep = parallel.ep_size
     if ep < caps.min_ep_size or (caps.max_ep_size is not None and ep > caps.max_ep_size):
-        upper = "any" if caps.max_ep_size is None else caps.max_ep_size
-        yield f"serves {caps.min_ep_size} to {upper} expert-parallel ranks, not {ep}"
+        low, high = caps.min_ep_size, caps.max_ep_size
+        wanted = f"{low} or more" if high is None else str(low) if low == high else f"{low} to {high}"
+        here = f"ep = {ep}" if parallel.tp_size == 1 else f"ep = {ep} (tp = {parallel.tp_size})"
+        yield f"needs {wanted} expert-parallel rank{'' if wanted == '1' else 's'}; here {here}"
     if ep > 1 and not caps.carries_tokens and not parallel.tokens_are_replicated:
         yield (
             f"carries no tokens between ranks, and with dp_size = {parallel.dp_size}, sp_size = {parallel.sp_size} "

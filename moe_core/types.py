@@ -159,7 +159,8 @@ class Dispatched:
         x: STANDARD `[R, H]` or BATCHED `[E_l, C, H]`; unit stride in H, other strides free; never written by anyone.
         handle: opaque to everyone but the `finalize` of the object that made it, which consumes it exactly once.
         x_scale: scales of a quantized payload, None when `x` is in the model dtype. A scale means x ≈ q · scale.
-        topk_ids: STANDARD only, `[R, K]`, local ids or -1. Any strides, here and below: experts get contiguous ones.
+        topk_ids: STANDARD only, int32 or int64 `[R, K]`, local ids or -1. Any strides, here and below: experts get
+            contiguous ones.
         topk_weights: STANDARD only, `[R, K]` float32.
         num_rows: STANDARD only, int32 `[1]` on the device: the valid prefix of R. None: every row may hold data, and
             rows whose ids are all -1 are empty.
@@ -246,7 +247,8 @@ class PairReport:
         dispatch, experts: names.
         priority: (dispatch priority, experts priority), the order in which pairs are walked.
         rejections: all reasons against it; empty: it could run.
-        chosen: it runs. A pair without rejections that isn't chosen lost by priority.
+        chosen: selection takes it. A pair without rejections that isn't chosen lost by priority; one that is chosen and
+            has some can't be built, which only `explain` and `plan` find out before it is.
     """
 
     dispatch: str
@@ -257,9 +259,14 @@ class PairReport:
 
     @property
     def verdict(self) -> str:
-        if self.chosen:
-            return "chosen"
-        return "refused" if self.rejections else "outranked"
+        if self.rejections:
+            return "refused"
+        return "chosen" if self.chosen else "outranked"
+
+    @property
+    def unbuildable(self) -> bool:
+        """Selection takes it, and a backend of it can't be built."""
+        return self.chosen and bool(self.rejections)
 
 
 @attrs.frozen
@@ -285,7 +292,8 @@ class DispatchFootprint:
         rows: the row bound that the experts get: R of STANDARD format, C of BATCHED. No routing brings more of them.
         dispatch_wire_bytes, combine_wire_bytes: what this rank receives from other ranks in `prepare` and in
             `finalize`, padding included; of routing that is not padded away, the mean over uniform routing.
-        held_bytes: what `prepare` allocates and `finalize` releases: rows, scales, ids, counts, the handle.
+        held_bytes: what `prepare` allocates and `finalize` releases: rows, scales, ids, counts, the handle. Where the
+            routing decides, it and `scratch_bytes` are the most that any routing brings.
         scratch_bytes: the most that either of them has allocated at any moment, beyond `held_bytes`.
         buffer_bytes: what lives as long as the backend: symmetric or vendor memory, whether layers share it or not.
         own_output: `expert_output` gives the experts a place (counted above, or the layer's output); if not, the core
@@ -308,7 +316,9 @@ Refuse = Callable[[Any], str | None]
 """`refuse(problem) -> reason or None`: pure, for what the fields of a capability record can't say."""
 
 Priority = int | tuple[tuple[int, int], ...]
-"""Higher wins. Experts may give `((first_row, priority), …)`, rising: another priority from that row bound on."""
+"""Higher wins. `((first_row, priority), …)`, rising: another priority from so many rows on. For experts that is the row
+bound of a step; for a dispatch, which is a constant of a plan, `max_tokens_per_rank` (0 where it is not set).
+"""
 
 
 def priority_at(priority: Priority, rows: int) -> int:
@@ -381,6 +391,8 @@ class DispatchCapabilities:
             also serves sequence-parallel ranks that split each expert (tp_size > 1 with sp_size > 1).
         split: the start/receive forms do real work in two halves.
         max_in_flight: handles that may be alive at once per instance; None: any number.
+        shared_in_flight: the handles of all instances in a group count together for `max_in_flight`, because they share
+            buffers; a `prepare` beyond it is refused.
         overlap_safe: shared experts may run between start and receive, or on another stream.
         graph_capturable, deterministic: as the words say, at every supported size.
         max_topk, max_tokens_per_rank: upper limits; None: none.
@@ -409,6 +421,7 @@ class DispatchCapabilities:
     gathers_tokens: bool = False
     split: bool = False
     max_in_flight: int | None = 1
+    shared_in_flight: bool = False
     overlap_safe: bool = False
     graph_capturable: bool = False
     deterministic: bool = False

@@ -11,6 +11,7 @@ from moe_core.cli.bench import bench
 from moe_core.cli.conformance import conformance
 from moe_core.cli.convert import convert
 from moe_core.cli.demo import demo
+from moe_core.cli.docs import docs
 from moe_core.cli.doctor import doctor
 from moe_core.cli.explain import explain
 from moe_core.cli.new_plugin import new_plugin
@@ -41,5 +42,5 @@ def app(traceback: bool) -> None:
     """Run Mixture-of-Experts models through plugins, and see which plugin runs and why."""
 
 
-for command in (plugins, doctor, explain, plan, shadow, run, demo, bench, new_plugin, conformance, convert, tune):
+for command in (plugins, doctor, explain, plan, shadow, run, demo, bench, new_plugin, conformance, convert, tune, docs):
     app.add_command(command)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,13 @@ import rich.table
 
 from moe_core.cli import output
 from moe_core.cli.options import real_device
-from moe_core.testing.case import Outcome, Report, Result, run_cases
-from moe_core.testing.conformance import launched_suite, suites
+from moe_core.errors import MoEError
+from moe_core.testing.case import Case, Outcome, OutOfStep, Report, Result, run_cases
+from moe_core.testing.conformance import Suite, launched_suite, suites
+from moe_core.testing.launched import TIMEOUT_S
 
+_SLOW_S = 5.0
+"""After so long a case of `--launched` is named: it may be waiting for another rank."""
 _SHOWN = 40
 """Different failures that are printed; the JSON file has every case."""
 
@@ -28,13 +32,34 @@ _SHOWN = 40
     show_default=True,
     help="The largest number of virtual ranks (threads of this process) to try.",
 )
-@click.option("--launched", is_flag=True, help="A dispatch backend on real ranks: the processes that torchrun started.")
+@click.option(
+    "--launched",
+    is_flag=True,
+    help="A dispatch backend on real ranks: the processes that torchrun started. A case that takes long is named as it "
+    "runs; ranks that wait for one another in vain end the run with an error that names case and rank.",
+)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=TIMEOUT_S,
+    show_default=True,
+    metavar="SECONDS",
+    help="With --launched: how long a collective waits for the other ranks.",
+)
 @click.option("--device", metavar="DEVICE", help="cpu or cuda; default: cpu, where the backend runs on it.")
 @click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Write every case there.")
 @click.option("--params", metavar="JSON", default="{}", help='Parameters of a router, such as {"num_groups": 2}.')
 @click.option("--markdown", is_flag=True, help="Print the table for a README.")
 def conformance(
-    name: str, ranks: int, launched: bool, device: str | None, json_file: Path | None, params: str, markdown: bool
+    name: str,
+    ranks: int,
+    launched: bool,
+    timeout_s: float,
+    device: str | None,
+    json_file: Path | None,
+    params: str,
+    markdown: bool,
 ) -> None:
     """Run every conformance case of NAME: a dispatch or experts backend, a scheme, a router or a runner.
 
@@ -46,19 +71,19 @@ def conformance(
     """
     quiet = False
     if launched:
-        suite, rank = launched_suite(name)
+        suite, rank = launched_suite(name, timeout_s)
         asked, quiet = [suite], rank > 0  # every process runs all cases, one of them speaks
     else:
         where = None if device is None else str(real_device(device))
         asked = suites(name, device=where, ranks=ranks, params=_object(params))
     reports = []
     for suite in asked:
-        if quiet:
-            reports.append(run_cases(suite.cases, suite.subject, suite.device))
-            continue
-        with output.progress(f"{suite.subject}: {len(suite.cases)} cases", total=len(suite.cases)) as step:
-            reports.append(run_cases(suite.cases, suite.subject, suite.device, each=_after_each(step)))
-        _print(reports[-1], markdown)
+        try:
+            reports.append(_run(suite, quiet=quiet, tell_slow=launched and not quiet))
+        except OutOfStep as lost:
+            raise MoEError(f"{suite.subject}: {lost}") from lost
+        if not quiet:
+            _print(reports[-1], markdown)
     if json_file is not None and not quiet:
         json_file.write_text(json.dumps([report.to_dict() for report in reports], indent=2) + "\n")
     verdicts = {report.verdict for report in reports}
@@ -66,8 +91,26 @@ def conformance(
         raise SystemExit(1 if "fails" in verdicts else 3)
 
 
-def _after_each(step: Callable[[], None]) -> Callable[[Result], None]:
-    return lambda result: step()
+def _run(suite: Suite, *, quiet: bool, tell_slow: bool) -> Report:
+    if quiet:
+        return run_cases(suite.cases, suite.subject, suite.device)
+    timers: list[threading.Timer] = []
+
+    def before(case: Case) -> None:
+        if tell_slow:
+            told = f"the case {case.name!r} has been running for {_SLOW_S:g} s …"
+            timers.append(threading.Timer(_SLOW_S, output.note, [told]))
+            timers[-1].daemon = True
+            timers[-1].start()
+
+    with output.progress(f"{suite.subject}: {len(suite.cases)} cases", total=len(suite.cases)) as step:
+
+        def after(result: Result) -> None:
+            if timers:
+                timers.pop().cancel()
+            step()
+
+        return run_cases(suite.cases, suite.subject, suite.device, before=before, each=after)
 
 
 def _object(params: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import click
 from moe_core.checkpoint import Checkpoint
 from moe_core.checkpoint.converting import Conversion, Form
 from moe_core.cli import output
+from moe_core.forms import made_method
 from moe_core.plugins import registry
 
 
@@ -77,8 +78,9 @@ def form_of(name: str) -> Form:
         UnsupportedError: no plugin registers its scheme.
     """
     chosen = FORMATS[name]
-    method = registry().find("quant_methods", chosen.scheme).factory()
-    return Form(method.scheme.weight, chosen.suffixes, chosen.config)
+    weight = made_method(registry().find("quant_methods", chosen.scheme)).scheme.weight
+    assert weight is not None, "a scheme of `FORMATS` packs weights"
+    return Form(weight, chosen.suffixes, chosen.config)
 
 
 @click.command(short_help="Write a checkpoint folder with packed experts.")

@@ -17,7 +17,7 @@ from moe_core.cli.layers import SPREADS, Layers, typed_shape
 from moe_core.cli.options import described_device, described_sheet, dispatch_option, experts_option, json_option
 from moe_core.cli.plan_details import TOKENS
 from moe_core.cli.plan_text import PlanGroup, group_plans, layer_facts
-from moe_core.plugins import registry
+from moe_core.plugins import PluginStatus, registry
 from moe_core.select import Plan
 from moe_core.types import Device
 
@@ -49,6 +49,7 @@ ALL = "all"
     metavar="T",
     help="Show workspaces and costs at this T on every rank; may be repeated.",
 )
+@click.option("--all", "whole", is_flag=True, help="Show every pair of backends with every reason against it.")
 @click.option("--html", "page", type=click.Path(path_type=Path, dir_okay=False), help="Write a page for a browser.")
 @json_option
 def explain(
@@ -60,16 +61,18 @@ def explain(
     spread: str,
     schemes: tuple[str, ...],
     tokens: tuple[int, ...],
+    whole: bool,
     page: Path | None,
     as_json: bool,
 ) -> None:
     """Show the plan of every MoE layer with its reasons, from the config alone: no weights are read.
 
     SHAPE is a name that `bench` knows (qwen3-30b, say), or E=256,K=8,H=7168,I=2048 and, if you like, dtype=float16
-    and layers=58. Layers with the same plan are shown once. Under the chosen pair of backends stands every other
-    pair, with all the reasons why it was not chosen; then which kernels serve which T, with the launch parameters
-    and where these come from, the experts' workspaces, name by name, and what each pair that could run would cost:
-    bytes on the wire and memory.
+    and layers=58. Layers with the same plan are shown once. Under the chosen pair of backends stand the others that
+    could run, and each refused backend with all the reasons (with --all, --json and --html pair by pair); then which
+    kernels serve which T, with the launch parameters and where these come from, the experts' workspaces, name by
+    name, and what each pair that could run would cost: bytes on the wire and memory. Exit code 1: a pair that
+    selection takes can't be built.
     """
     where = described_device(device)
     asked = Asked(dispatch=dispatch, experts=experts, world=world, spread=spread, tokens=tuple(sorted(set(tokens))),
@@ -81,7 +84,8 @@ def explain(
             html.Section(title=group.title, facts=layer_facts(found[0].plan or group.plan), tables=found)
             for group, found in zip(groups, tables, strict=True)
         ]
-        subtitle = f"{_ranks(asked)} · {groups[0].plan.problem.device.name}"
+        buffers = "" if asked.world == 1 else f" · buffers between ranks hold {max(asked.tokens):,} tokens"
+        subtitle = f"{_ranks(asked)} · {groups[0].plan.problem.device.name}{buffers}"
         page.write_text(html.page(name, subtitle, sections, asked.sheet, moe_core.__version__), encoding="utf-8")
         output.note(f"written: {page}")
     if as_json:
@@ -90,7 +94,9 @@ def explain(
             "groups": [_group_dict(group, found, asked) for group, found in zip(groups, tables, strict=True)],
         })  # fmt: skip
     elif page is None:
-        _show(name, groups, tables, asked)
+        _show(name, groups, tables, asked, whole)
+    if any(each.unbuildable for found in tables for each in found):
+        raise SystemExit(1)
 
 
 def _groups(source: str, asked: Asked, where: Device | None) -> tuple[str, list[PlanGroup]]:
@@ -144,18 +150,24 @@ def _ranks(asked: Asked) -> str:
     return "1 rank" if asked.world == 1 else f"{asked.world:,} ranks, {SPREADS[asked.spread]}"
 
 
-def _show(name: str, groups: Sequence[PlanGroup], tables: Sequence[Sequence[SchemeTable]], asked: Asked) -> None:
+def _show(
+    name: str, groups: Sequence[PlanGroup], tables: Sequence[Sequence[SchemeTable]], asked: Asked, whole: bool
+) -> None:
     count = sum(len(group.modules) for group in groups)
-    output.emit(
-        f"{name}: {count} MoE layer{'s' if count != 1 else ''}" + ("" if asked.world == 1 else f" on {_ranks(asked)}")
-    )
+    where = "" if asked.world == 1 else f" on {_ranks(asked)}; buffers between ranks hold {max(asked.tokens):,} tokens"
+    output.emit(f"{name}: {count} MoE layer{'s' if count != 1 else ''}{where}")
     for group, found in zip(groups, tables, strict=True):
         output.emit(group.title)
         for each in found:
             if each.plan is not None:
                 output.emit(f"  {layer_facts(each.plan)}")
-            output.emit("\n".join(f"  {line}" for line in each.lines()))
+            output.emit("\n".join(f"  {line}" for line in each.lines(whole=whole)))
             header, rows = cost_rows(each)
             if rows:
                 output.emit("  costs of one layer's step on one rank:")
                 plan_output.show_table(header, rows, indent=4)
+            for line in each.uncosted:
+                output.emit(f"    no cost of {line}")
+    for record in registry().plugins:
+        if record.status not in (PluginStatus.LOADED, PluginStatus.DISABLED):  # disabled: the reader's own wish
+            output.emit(f"not loaded: plugin {record.name} ({record.status}; see moe-core plugins)")

@@ -71,6 +71,7 @@ def _section(section: Section, sheet: Sheet | None) -> str:
 def _scheme(found: SchemeTable, sheet: Sheet | None) -> str:
     parts = [f"<h3>Scheme {_e(found.scheme)}</h3>", _decision(found), _matrix(found)]
     parts += [_costs(tokens, pairs, sheet) for tokens, pairs in found.costs.items() if pairs]
+    parts += [f'<p class="note">No cost of {_e(line)}</p>' for line in found.uncosted]
     if found.details is not None and found.details.lines():
         lines = "\n".join(found.details.lines())
         parts.append(f"<details><summary>Kernels and workspaces</summary><pre>{_e(lines)}</pre></details>")
@@ -81,6 +82,9 @@ def _decision(found: SchemeTable) -> str:
     """What runs, in a few words, and who owns which duty."""
     if found.plan is None:
         return '<p class="none">No pair of backends can run these layers in this scheme.</p>'
+    if found.unbuildable:
+        pairs = ", ".join(found.unbuildable)
+        return f'<p class="none">Selection takes {_e(pairs)}, which can\'t be built: no layer runs so.</p>'
     plan = found.plan
     experts = " · ".join(
         item.candidate.label if len(plan.ranges) == 1 else f"{item.candidate.label} from {item.first_row} rows"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import attrs
 from moe_core.cli import models, output
 from moe_core.cli.bench_layer import SHAPES
 from moe_core.config import MoEConfig, MoEParallelConfig, Problem
+from moe_core.forms import made_method
 from moe_core.plugins import registry
 from moe_core.quant import UNQUANTIZED, QuantScheme
 from moe_core.select import Plan
@@ -119,14 +121,21 @@ def typed_shape(source: str) -> Layers | None:
             intermediate_size=named.intermediate,
         )
         return Layers(title=source, count=1, config=sizes)
-    return _typed(source) if "=" in source else None
+    if "=" in source:
+        return _typed(source)
+    if Path(source).name == source and not Path(source).suffix:
+        close = difflib.get_close_matches(source, SHAPES, n=1)
+        raise ValueError(
+            f"{source!r} is no folder here and no shape{f'; did you mean {close[0]!r}?' if close else ''}; shapes by "
+            f"name: {', '.join(SHAPES)}; or pass {SHAPE_HELP}"
+        )
+    return None
 
 
 def _named(scheme: str | None) -> QuantScheme | None:
     if scheme is None:
         return None
-    found: QuantScheme = registry().find("quant_methods", scheme).factory().scheme
-    return found
+    return made_method(registry().find("quant_methods", scheme)).scheme
 
 
 def _typed(text: str) -> Layers:

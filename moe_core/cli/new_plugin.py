@@ -15,7 +15,7 @@ from moe_core.errors import MoEError
 from moe_core.plugins import registry
 
 _TEMPLATE = Path(__file__).parent / "template"
-_KINDS = ("dispatch", "experts", "quant")
+_KINDS = ("dispatch", "experts", "quant", "router", "runner")
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 
 
@@ -31,6 +31,8 @@ _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 def new_plugin(name: str, kind: str, into: Path) -> None:
     """Write the package of a new backend NAME: it installs, is discovered, and passes the conformance kit.
 
+    NAME is what people will type to choose it: a Python name in small letters, digits and underscores (acme_ring), that
+    no installed plugin registers.
     What is in it is the simplest thing that works; docs/write_a_backend.md explains every line.
     """
     target = write_plugin(name, kind, into)
@@ -40,7 +42,7 @@ def new_plugin(name: str, kind: str, into: Path) -> None:
 
 
 def write_plugin(name: str, kind: str, into: Path) -> Path:
-    """Render the template of a kind ("dispatch", "experts", "quant") into a new folder, and return that.
+    """Render the template of a kind (one of `_KINDS`) into a new folder, and return that.
 
     Raises:
         ValueError: `name` is no Python name in small letters, or is taken by a plugin that is installed.
@@ -55,6 +57,8 @@ def write_plugin(name: str, kind: str, into: Path) -> Path:
         "dispatch": found.dispatch,
         "experts": found.experts,
         "quant": found.quant_methods,
+        "router": found.routers,
+        "runner": found.runners,
     }
     if name in taken[kind]:
         raise ValueError(f"name = {name!r}; a plugin that is installed registers this {kind} already: choose another")

@@ -13,13 +13,17 @@ import rich.progress
 import rich.table
 
 _WIDTH_WITHOUT_TERMINAL = 160  # rich would assume 80 and fold the tables of a log file
+_WIDEST = 10_000
 
 
 def emit_table(table: rich.table.Table) -> None:
-    """A result, as a table."""
+    """A result, as a table. Columns that must not be wrapped are not cut either, however narrow the terminal is."""
     console = rich.console.Console(highlight=False)
-    if not console.is_terminal:
-        console = rich.console.Console(highlight=False, width=_WIDTH_WITHOUT_TERMINAL)
+    width = console.width if console.is_terminal else _WIDTH_WITHOUT_TERMINAL
+    wide = rich.console.Console(highlight=False, width=_WIDEST)
+    if all(column.no_wrap for column in table.columns):
+        width = max(width, wide.measure(table).maximum)
+    console = rich.console.Console(highlight=False, width=width)
     with console.capture() as captured:
         console.print(table)
     for line in captured.get().splitlines():  # rich fills every line up to the table's width

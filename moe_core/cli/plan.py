@@ -48,6 +48,11 @@ class Entry:
         """The pairs that could run, here or where what is missing here is installed."""
         return [pair for pair in self.pairs if pair.cost is not None]
 
+    @property
+    def unbuildable(self) -> list[PairCost]:
+        """The pairs that selection takes and that can't be built."""
+        return [pair for pair in self.pairs if pair.report.unbuildable]
+
     def times(self, pair: PairCost) -> Times:
         assert pair.cost is not None, "a pair that can't run takes no time"
         return Times(None, "", None) if self.sheet is None else times(pair.cost, self.sheet)
@@ -101,7 +106,7 @@ def plan(
     A dry run: no weights are read and no GPU is needed. SHAPE is a name that `bench` knows (qwen3-30b, say), or
     E=256,K=8,H=7168,I=2048 and, if you like, dtype=float16 and layers=58. Sizes come from the functions that
     allocate at run time. Routing is taken as uniform. Only routed experts are counted: no attention, no shared
-    experts, no KV cache.
+    experts, no KV cache. Exit code 1: a pair that selection takes can't be built.
     """
     sizes, sheet, where = _worlds(world), described_sheet(device), described_device(device)
     assert where is not None, "--device has a default"
@@ -125,10 +130,12 @@ def plan(
             "source": source, "device": device, "figures": figures, "spread": spread, "tokens": tokens,
             "max_tokens": most, "plans": [entry.to_dict() for entry in entries], "measured": comparison,
         })  # fmt: skip
-        return
-    plan_output.show(entries, tokens, most, spread, device)
-    if comparison is not None:
-        plan_output.show_comparison(comparison)
+    else:
+        plan_output.show(entries, tokens, most, spread, device)
+        if comparison is not None:
+            plan_output.show_comparison(comparison)
+    if any(entry.unbuildable for entry in entries):
+        raise SystemExit(1)
 
 
 def _entry(

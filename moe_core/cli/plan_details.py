@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 
+from moe_core.errors import PluginError
+from moe_core.forms import made_experts
 from moe_core.interfaces import Experts
 from moe_core.kernel import row_bound, workspace_bytes_by_name
 from moe_core.select import Plan
@@ -68,31 +70,41 @@ def plan_details(plan: Plan, tokens: Sequence[int] = TOKENS) -> PlanDetails:
     launch: list[tuple[str, LaunchRange]] = []
     missing = []
     for candidate in {item.candidate.name: item.candidate for item in plan.ranges}.values():
+        arguments = (plan.config, plan.problem.parallel, plan.scheme, None, plan.config.placement)
         try:
-            made: Experts = candidate.factory(
-                plan.config, plan.problem.parallel, plan.scheme, None, plan.config.placement
-            )
+            made = made_experts(candidate, arguments)
+            if table := plan.launch.get(candidate.label):
+                made.use_launch(table)
+            ranges = made.launch_ranges(plan.activation_format, plan.problem.device)
+        except PluginError as error:
+            missing.append(str(error))
         except Exception as error:  # noqa: BLE001 - a vendor's library may be missing where a plan is only explained
             missing.append(f"experts {candidate.name} cannot be made here: {type(error).__name__}: {error}")
-            continue
-        if table := plan.launch.get(candidate.label):
-            made.use_launch(table)
-        experts[candidate.name] = made
-        ranges = made.launch_ranges(plan.activation_format, plan.problem.device)
-        launch += [(candidate.name, item) for item in ranges]
-    workspaces = []
+        else:
+            experts[candidate.name] = made
+            launch += [(candidate.name, item) for item in ranges]
+    workspaces, unknown = _workspaces(plan, experts, tokens)
+    return PlanDetails(tuple(launch), tuple(workspaces), (*missing, *unknown))
+
+
+def _workspaces(
+    plan: Plan, experts: Mapping[str, Experts], tokens: Sequence[int]
+) -> tuple[list[Workspaces], list[str]]:
+    """At each T; and why not, where they can't be told."""
+    workspaces: list[Workspaces] = []
     for count in sorted(set(tokens)):
-        rows = row_bound(plan, count)
-        if rows is None:
-            missing.append(
-                f"dispatch {plan.dispatch.name} does not say how many rows it delivers, so workspaces are unknown"
-            )
-            break
-        serving = [item for item in plan.ranges if item.first_row <= rows][-1].candidate.name
-        if serving in experts:
-            by_name = workspace_bytes_by_name(experts[serving], rows, plan.activation_format)
-            workspaces.append(Workspaces(count, rows, serving, by_name))
-    return PlanDetails(tuple(launch), tuple(workspaces), tuple(missing))
+        try:
+            rows = row_bound(plan, count)
+            if rows is None:
+                says = "does not say how many rows it delivers, so workspaces are unknown"
+                return workspaces, [f"dispatch {plan.dispatch.name} {says}"]
+            serving = [item for item in plan.ranges if item.first_row <= rows][-1].candidate
+            if serving.name in experts:
+                by_name = workspace_bytes_by_name(serving, experts[serving.name], rows, plan.activation_format)
+                workspaces.append(Workspaces(count, rows, serving.name, by_name))
+        except PluginError as error:
+            return workspaces, [str(error)]
+    return workspaces, []
 
 
 def _size(num_bytes: int) -> str:

@@ -14,6 +14,7 @@ import rich.table
 from moe_core.cli import output
 from moe_core.cli.layers import SPREADS
 from moe_core.planner import Cost, PairCost
+from moe_core.reports import reasons_against
 
 if TYPE_CHECKING:
     from moe_core.cli.plan import Entry
@@ -72,6 +73,13 @@ def show(entries: Sequence[Entry], tokens: int, most: int, spread: str, device: 
         for entry in own:
             if entry.refused:
                 output.emit(f"{_ranks(entry)}: {entry.refused}")
+            for pair in entry.unbuildable:
+                name = f"{pair.report.dispatch} + {pair.report.experts}"
+                output.emit(f"{_ranks(entry)}: selection takes {name}, which can't be built: no layer runs so")
+        for line in dict.fromkeys(
+            f"{item.candidate}: {item.reason}" for entry in own for pair in entry.pairs for item in pair.unusable
+        ):
+            output.emit(f"  {line}")
         able = [entry for entry in own if not entry.refused]
         if len(own) > 1:
             _show_sweep(able)
@@ -125,14 +133,9 @@ def _show_pairs(entry: Entry) -> None:
     if missing:
         output.emit("\nnot to be had here:")
         output.emit("\n".join(f"  {line}" for line in missing))
-    reasons = dict.fromkeys(
-        f"{item.candidate}: {item.reason}"
-        for pair in entry.pairs
-        if pair.cost is None
-        for item in pair.report.rejections
-    )
-    if reasons:
-        output.emit("\nrefused (`moe-core explain` says which pair for which reason):")
+    reports = [pair.report for pair in entry.pairs if pair.cost is None and not pair.unusable]
+    if reasons := reasons_against(reports):
+        output.emit("\nrefused:")
         output.emit("\n".join(f"  {line}" for line in reasons))
 
 
@@ -278,7 +281,8 @@ def draw(entries: Sequence[Entry], file: Path) -> None:
             axis.xaxis.set_major_formatter("{x:,.0f}")
             axis.yaxis.set_major_formatter("{x:,g}")
             axis.grid(alpha=0.3)
-        axes[0].legend()
+        handles, names = axes[0].get_legend_handles_labels()
+        part.legend(handles, names, loc="outside lower center", ncols=len(names))
     try:
         figure.savefig(file, dpi=120)
     except ValueError as error:

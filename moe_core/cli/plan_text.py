@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 
 from moe_core.cli.plan_details import TOKENS, plan_details
+from moe_core.reports import format_summary
 from moe_core.select import Plan
 
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)|(?<=^layers\.)\d+(?=\.)")
@@ -71,11 +72,15 @@ def layer_facts(plan: Plan) -> str:
 
 
 def explain_plans(plans: Mapping[str, Plan], tokens: Sequence[int] = TOKENS) -> str:
-    """What runs in each layer, and why; which kernels, and the memory that they ask for at each T of `tokens`."""
+    """What runs in each layer, and why; which kernels, and the memory that they ask for at each T of `tokens`.
+
+    In short: `moe-core explain --all` shows every pair.
+    """
     lines: list[str] = []
     for group in group_plans(plans):
         details = plan_details(group.plan, tokens).lines()
-        told = (layer_facts(group.plan), *group.plan.explain().splitlines(), *details)
+        candidates = format_summary(group.plan.reports)
+        told = (layer_facts(group.plan), *group.plan.choice().splitlines(), *candidates.splitlines(), *details)
         lines += [group.title, *(f"  {line}" for line in told)]
     return "\n".join(lines)
 

@@ -20,6 +20,7 @@ from moe_core import formats
 from moe_core.checkpoint import RULES, Checkpoint, expert_blocks, load_experts, packed_rules
 from moe_core.emulated import EmulatedExperts
 from moe_core.errors import CheckpointError, MoEError
+from moe_core.forms import made_method
 from moe_core.interfaces import Experts, PrepareAndFinalize, WorkspaceShapes
 from moe_core.kernel import MoEKernel
 from moe_core.packed import PackedMethod
@@ -224,7 +225,7 @@ def weights_of(step: Step, checkpoint: Checkpoint) -> ExpertWeights:
         CheckpointError: the files hold something else than the scheme says.
     """
     plan = attrs.evolve(step.plan, weight_layout=CANONICAL_LAYOUT)
-    named: QuantMethod = registry().find("quant_methods", plan.scheme.name).factory()
+    named = made_method(registry().find("quant_methods", plan.scheme.name))
     method = named if plan.scheme.weight is None else _core_method(plan, named)
     layer = RoutedExperts(plan, method, step.hidden_states.device)
     rules = (*RULES, *packed_rules(method.checkpoint_suffixes))

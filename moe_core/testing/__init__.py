@@ -4,6 +4,7 @@ Needs nothing but torch; the `…Conformance` classes need pytest (`pip install 
 `moe-core conformance` does not.
 """
 
+from moe_core.interfaces import Candidate
 from moe_core.testing.case import Case, Outcome, Report, Result, Skip, Tier, Violation, run_case, run_cases
 from moe_core.testing.conformance import (
     ExpertsConformance,
@@ -25,6 +26,7 @@ from moe_core.testing.virtual import (
 )
 
 __all__ = [
+    "Candidate",
     "Case",
     "ExpertsConformance",
     "Faults",

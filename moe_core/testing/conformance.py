@@ -12,6 +12,7 @@ overridden: what is known to fail is listed in `xfail` with its reason, and fail
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -193,15 +194,22 @@ def suites(
     asked = [kind] if kind else [k for k, place in KINDS.items() if rest in getattr(found, place)]
     if not asked:
         known = [f"{k}:{n}" for k, place in KINDS.items() for n in sorted(getattr(found, place))]
-        nothing = f"nothing is registered under the name {name!r}; there are: {', '.join(known)}"
+        close = difflib.get_close_matches(rest, [each.partition(":")[2] for each in known], n=1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        nothing = f"nothing is registered under the name {name!r}{meant}; there are: {', '.join(known)}"
         raise UnsupportedError("\n".join([nothing, *found.not_loaded()]))
     return [_suite(k, rest, device, ranks, params) for k in asked]
 
 
-def launched_suite(name: str) -> tuple[Suite, int]:
-    """The dispatch backend `name` on the ranks that a launcher started, and which of them this process is."""
+def launched_suite(name: str, timeout_s: float) -> tuple[Suite, int]:
+    """The dispatch backend `name` on the ranks that a launcher started, and which of them this process is.
+
+    Args:
+        name: as in `moe-core plugins`.
+        timeout_s: how long a collective waits for the other ranks.
+    """
     entry = registered("dispatch", name.removeprefix("dispatch:"))
-    group, device = join()
+    group, device = join(timeout_s)
     cases = dispatch_cases(entry, device=device, launched=group)
     return Suite(f"dispatch {entry.label} on {group.size} processes", str(device), tuple(cases)), group.rank
 

@@ -24,7 +24,8 @@ from moe_core.testing import dispatch_checks as checks
 from moe_core.testing.case import Case, Tier
 from moe_core.testing.dispatch_bench import PLAIN, TOKENS, DispatchBench, Setting
 from moe_core.testing.dispatch_checks import LAYOUTS
-from moe_core.testing.dispatch_delivery import delivered, footprint
+from moe_core.testing.dispatch_delivery import delivered, footprint, wire
+from moe_core.testing.dispatch_unclaimed import device_of, unclaimed
 from moe_core.testing.material import IDS, IDS_OF_SOMEBODY
 from moe_core.testing.oracle import oracle_experts
 from moe_core.testing.pairwise import Row, pairwise
@@ -35,7 +36,6 @@ from moe_core.types import (
     Device,
     DispatchCapabilities,
     ExpertPlacement,
-    SharedExpertsOrder,
 )
 
 ROW_WISE_SCHEME = QuantScheme(
@@ -125,7 +125,7 @@ class _Cases:
 
     def _numbers(self, base: Setting) -> Iterator[Case]:
         """Every kind of batch, every kind of ids, every K and E at its limits."""
-        claim, ranks = self.claim_of(base), _ranks(base)
+        claim, ranks = self.claim_of(base), base.ranks
         duties = {"none": "empty steps", "one in all": "empty steps", "none on some": "empty steps"}
         for tokens in TOKENS:
             setting = attrs.evolve(base, tokens=tokens)
@@ -176,7 +176,7 @@ class _Cases:
 
     def _contract(self, base: Setting) -> Iterator[Case]:
         """State, handles, memory: what the interface promises beside the numbers."""
-        claim, ranks = self.claim_of(base), _ranks(base)
+        claim, ranks = self.claim_of(base), base.ranks
         full = self.fit(attrs.evolve(base, tokens="full", ids="every expert"))
         for ids in ("distinct", "dropped"):
             yield self.case(
@@ -189,23 +189,11 @@ class _Cases:
         for layout, what in itertools.product(LAYOUTS, ("hidden_states", "routing")):
             yield self.case(f"strides: {what} {layout}, {ranks}", "strides", claim, checks.strided, base, layout, what)
         yield self.case(f"steps of changing size, {ranks}", "no state between steps", claim, checks.many_steps, base)
-        yield self.case(f"two layers, {ranks}", "no state between layers", claim, checks.two_layers, base)
-        for order in ((0, 1), (1, 0), (1, 2, 0)):
-            if self.caps.max_in_flight is None or self.caps.max_in_flight >= len(order):
-                yield self.case(
-                    f"in flight: {len(order)}, landing in order {order}, {ranks}",
-                    "calls in flight",
-                    "max_in_flight",
-                    checks.flights,
-                    base,
-                    order,
-                )
-        if self.caps.max_in_flight is None or self.caps.max_in_flight > 1:
-            yield self.case(
-                f"in flight: a pipeline, {ranks}", "calls in flight", "max_in_flight", checks.interleaved, base
-            )
+        yield from self._in_flight(base)
         for how in ("twice", "nothing"):
             yield self.case(f"handle: {how}, {ranks}", "handles", claim, checks.handle_once, full, how)
+        alike = attrs.evolve(base, tokens="full")  # so that nothing about the other layer's handle but its rows differs
+        yield self.case(f"handle: of another layer, {ranks}", "handles", claim, checks.handle_of_another, alike)
         yield self.case(f"an exception gives slots back, {ranks}", "release", claim, checks.released, full)
         if self.caps.payloads != {MODEL_DTYPE_PAYLOAD}:
             unknown = checks.unknown_payload
@@ -231,9 +219,33 @@ class _Cases:
                 value,
             )
 
+    def _in_flight(self, base: Setting) -> Iterator[Case]:
+        """Several steps at once, of one layer and of two."""
+        claim, ranks = self.claim_of(base), base.ranks
+        yield self.case(f"two layers, {ranks}", "no state between layers", claim, checks.two_layers, base)
+        if self.caps.shared_in_flight and self.caps.max_in_flight is not None:
+            shared = "shared_in_flight"
+            yield self.case(
+                f"two layers, a step too many, {ranks}", "calls in flight", shared, checks.shared_slots, base
+            )
+        for order in ((0, 1), (1, 0), (1, 2, 0)):
+            if self.caps.max_in_flight is None or self.caps.max_in_flight >= len(order):
+                yield self.case(
+                    f"in flight: {len(order)}, landing in order {order}, {ranks}",
+                    "calls in flight",
+                    "max_in_flight",
+                    checks.flights,
+                    base,
+                    order,
+                )
+        if self.caps.max_in_flight is None or self.caps.max_in_flight > 1:
+            yield self.case(
+                f"in flight: a pipeline, {ranks}", "calls in flight", "max_in_flight", checks.interleaved, base
+            )
+
     def _form(self, base: Setting) -> Iterator[Case]:
         """What `prepare` returns, the split form, and what it says of itself: determinism, memory, graphs."""
-        claim, ranks = self.claim_of(base), _ranks(base)
+        claim, ranks = self.claim_of(base), base.ranks
         for tokens, ids in (("unequal", "distinct"), ("full", "one expert"), ("none on some", "every expert")):
             if ids == "one expert" and not self.caps.accepts_dropped_ids:
                 continue
@@ -265,12 +277,15 @@ class _Cases:
             for what, (tokens, ids) in batches.items():
                 setting = attrs.evolve(base, tokens=tokens, ids=ids)
                 yield self.case(f"footprint: {what}, {ranks}", "footprint", "footprint", footprint, setting)
+            if base.world > 1:
+                setting = attrs.evolve(base, tokens="full", ids="distinct")
+                yield self.case(f"footprint: bytes on the wire, {ranks}", "footprint", "footprint", wire, setting)
         if self.caps.graph_capturable and base.world == 1:
             yield self.case(f"a CUDA graph, {ranks}", "graph capture", "graph_capturable", checks.captured, base)
 
     def _between_ranks(self, base: Setting) -> Iterator[Case]:
         """Other spreads of tokens, other orders of arrival, ranks that are late or vanish."""
-        claim, ranks = self.claim_of(base), _ranks(base)
+        claim, ranks = self.claim_of(base), base.ranks
         topologies = ["replicated"] if self.caps.carries_tokens else []
         if self.caps.gathers_tokens:
             topologies.append("split")
@@ -354,7 +369,7 @@ class _Cases:
         for scheme, world in itertools.product(self._schemes()[1:], self.worlds):
             base = self.fit(Setting(world=world, topology=self.topology(world), scheme=scheme))
             yield self.case(
-                f"delivered: payload {scheme.name}, {_ranks(base)}",
+                f"delivered: payload {scheme.name}, {base.ranks}",
                 "input quantization",
                 f"payload {scheme.name}",
                 delivered,
@@ -375,7 +390,7 @@ class _Cases:
     def _declarations(self) -> Iterator[Case]:
         caps = self.caps
         bench = attrs.evolve(self.bench, candidate=claims.available(self.bench.candidate))
-        there = _device_of(caps)
+        there = device_of(caps)
         world = self.worlds[-1]
         base = self.fit(Setting(world=world, topology=self.topology(world)))
 
@@ -386,17 +401,17 @@ class _Cases:
         for dtype in sorted(caps.dtypes, key=str):
             yield claims.claimed(str(dtype), f"dtype {dtype}", [planner(dtype=dtype)])
         for device_type in sorted(caps.device_types):
-            yield claims.claimed(device_type, f"device {device_type}", [planner(_device_of(caps, device_type))])
+            yield claims.claimed(device_type, f"device {device_type}", [planner(device_of(caps, device_type))])
         for placement in sorted(caps.placements, key=lambda p: p.value):
             yield claims.claimed(placement.value, f"placement {placement.value}", [planner(placement=placement)])
         for count in self.worlds:
-            name = _ranks(attrs.evolve(base, world=count))
+            name = attrs.evolve(base, world=count).ranks
             spread = planner(world=count, topology=self.topology(count))
             yield claims.claimed(name, "min_ep_size, max_ep_size", [spread])
         if caps.deterministic:
             yield claims.claimed("deterministic", "deterministic", [planner(deterministic=True)])
         if caps.graph_capturable and "cuda" in caps.device_types:
-            problem = base.problem(0, _device_of(caps, "cuda"))
+            problem = base.problem(0, device_of(caps, "cuda"))
             problem = attrs.evolve(problem, config=attrs.evolve(problem.config, cuda_graph=True))
             made = [functools.partial(_plan_of, bench, problem)]
             yield claims.claimed("a CUDA graph", "graph_capturable", made)
@@ -413,7 +428,7 @@ class _Cases:
             problem = base.problem(0, there)
             problem = attrs.evolve(problem, config=attrs.evolve(problem.config, **changes))
             yield claims.one_owner(name, EVERY, functools.partial(_plan_of, bench, problem))
-        for name, problem in _unclaimed(caps, base, there, self.fit):
+        for name, problem in unclaimed(caps, base, there, self.fit):
             yield claims.refused(
                 name, "dispatch", bench.candidate, problem, functools.partial(_plan_of, bench, problem)
             )
@@ -423,75 +438,16 @@ def _plan_of(bench: DispatchBench, problem: Problem) -> Plan:
     return select(problem, [bench.candidate], [oracle_experts(PLAIN, problem.scheme)])
 
 
-def _unclaimed(
-    caps: DispatchCapabilities, base: Setting, there: Device, fit: Callable[[Setting], Setting]
-) -> Iterator[tuple[str, Problem]]:
-    """(what, a problem that needs it) for everything that the record does not say."""
-
-    def problem(setting: Setting = base, device: Device = there, **config: Any) -> Problem:
-        made = setting.problem(0, device)
-        return attrs.evolve(made, config=attrs.evolve(made.config, **config)) if config else made
-
-    for dtype in MODEL_DTYPES:
-        if dtype not in caps.dtypes:
-            yield str(dtype), problem(attrs.evolve(base, dtype=dtype))
-    for device_type in ("cpu", "cuda", "xpu"):
-        if device_type not in caps.device_types:
-            capability = (99, 0) if device_type == "cuda" else None
-            yield f"device {device_type}", problem(device=Device(device_type, capability, device_type))
-    if caps.min_compute_capability is not None:
-        yield "an older GPU", problem(device=Device("cuda", (1, 0), "an old GPU"))
-    for placement in ExpertPlacement:
-        if placement not in caps.placements:
-            yield f"placement {placement.value}", problem(attrs.evolve(base, placement=placement))
-    for count in (caps.min_ep_size - 1, (caps.max_ep_size or 0) + 1):
-        if count >= 1 and not caps.min_ep_size <= count <= (caps.max_ep_size or count):
-            other = fit(attrs.evolve(base, world=count, experts=4 * count))
-            yield _ranks(other), problem(other)
-    if not caps.carries_tokens:
-        yield "tokens of each rank's own", problem(attrs.evolve(base, world=2, experts=8, topology="own"))
-    if not caps.gathers_tokens:
-        yield "ranks that split experts and tokens", problem(attrs.evolve(base, world=2, experts=8, topology="split"))
-    if caps.max_topk is not None:
-        yield "a larger K", problem(attrs.evolve(base, experts=8 * caps.max_topk, top_k=caps.max_topk + 1))
-    if caps.hidden_sizes is not None:
-        yield "another H", problem(attrs.evolve(base, hidden=max(caps.hidden_sizes) + 1))
-    if caps.max_tokens_per_rank is not None:
-        yield "more tokens per rank", problem(max_tokens_per_rank=caps.max_tokens_per_rank + 1)
-        yield "no bound of T", problem(max_tokens_per_rank=None)
-    if caps.needs_equal_shares and (caps.max_ep_size or 2) >= 2:
-        yield "unequal shares", problem(attrs.evolve(base, world=2, experts=7))
-    if not caps.graph_capturable:
-        yield "a CUDA graph", problem(cuda_graph=True)
-    if not caps.deterministic:
-        yield "determinism", problem(deterministic=True)
-    if not caps.overlap_safe:
-        order = SharedExpertsOrder.INTERNAL
-        yield "overlap with shared experts", problem(has_shared_experts=True, shared_experts_order=order)
-
-
-def _device_of(caps: DispatchCapabilities, device_type: str | None = None) -> Device:
-    """A device as good as it asks for."""
-    device_type = device_type or ("cpu" if "cpu" in caps.device_types else sorted(caps.device_types)[0])
-    if device_type != "cuda":
-        return Device(device_type, None, device_type)
-    return Device("cuda", caps.min_compute_capability or (9, 0), "a CUDA device")
-
-
 def _makes_sense(row: Row) -> bool:
     if row["world"] == 1 and row["topology"] == "replicated":
         return False
     return bool(row["bounded"] or row["scheme"] is UNQUANTIZED)
 
 
-def _ranks(setting: Setting) -> str:
-    return "1 rank" if setting.world == 1 else f"{setting.world} ranks"
-
-
 def _described(setting: Setting, row: Row) -> str:
     dtype = str(setting.dtype).removeprefix("torch.")
     bound = "" if row["bounded"] else ", no bound of T"
     return (
-        f"{_ranks(setting)}, {setting.scheme.name}, {dtype}, tokens {setting.tokens} ({setting.topology}), ids "
+        f"{setting.ranks}, {setting.scheme.name}, {dtype}, tokens {setting.tokens} ({setting.topology}), ids "
         f"{setting.ids}, K = {setting.top_k}, E = {setting.experts}, {setting.placement.value}{bound}"
     )

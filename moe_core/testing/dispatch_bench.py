@@ -89,6 +89,11 @@ class Setting:
         return (sum(turned),) * self.world if self.topology == "replicated" else turned
 
     @property
+    def ranks(self) -> str:
+        """How names of cases tell W."""
+        return "1 rank" if self.world == 1 else f"{self.world} ranks"
+
+    @property
     def most(self) -> int:
         return M * self.world if self.topology == "replicated" else M
 

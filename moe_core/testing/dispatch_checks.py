@@ -20,6 +20,8 @@ from moe_core.testing.oracle import IdentityExperts
 from moe_core.testing.virtual import Faults
 from moe_core.types import Routing
 
+_MOST_IN_FLIGHT = 4
+"""Steps that a case keeps in flight in one layer, of whoever declares a larger number."""
 PATIENCE_S = 0.2
 """How long others wait for a rank that was made to vanish. Giving up too early is an error too, so it is allowed."""
 
@@ -139,16 +141,57 @@ def _enough_slots(bench: DispatchBench, wanted: int) -> None:
 
 
 def two_layers(bench: DispatchBench, setting: Setting) -> None:
-    """Two layers of one model, each in flight: they share nothing."""
+    """Two layers of one model, each with as many steps in flight as are declared: they share nothing.
+
+    Layers whose handles count together (`shared_in_flight`) have half as many each; of one alone they take turns.
+    """
+    caps = bench.candidate.capabilities
+    each = 1 if caps.max_in_flight is None else min(caps.max_in_flight, _MOST_IN_FLIGHT)
+    if caps.shared_in_flight:
+        each //= 2
 
     def work(rank: Rank) -> list[torch.Tensor]:
-        other = bench.rank(setting, rank.group)
-        first, second = rank.dispatch(0), other.dispatch(1)
-        return [rank.land(first), other.land(second)]
+        layers = (rank, bench.rank(setting, rank.group))
+        if not each:
+            return [layers[number % 2].run(number) for number in range(3)]
+        started = [layers[number % 2].dispatch(number) for number in range(2 * each)]
+        return [layers[number % 2].land(flight) for number, flight in enumerate(started)]
 
     outs = bench.on_ranks(setting, work)
-    for number in range(2):
+    for number in range(len(outs[0])):
         bench.check(setting, [of_rank[number] for of_rank in outs], "no state between layers", number)
+
+
+def shared_slots(bench: DispatchBench, setting: Setting) -> None:
+    """Two layers whose handles count together: the step that is one too many is refused, and takes nothing."""
+    limit = bench.candidate.capabilities.max_in_flight
+    assert limit is not None, "who counts handles has a number of them"
+
+    def work(rank: Rank) -> list[torch.Tensor]:
+        layers = (rank, bench.rank(setting, rank.group))
+
+        def all_slots(first: int) -> list[torch.Tensor]:
+            started = [layers[number % 2].dispatch(first + number) for number in range(limit)]
+            _refuses_another(layers[limit % 2], limit)
+            return [layers[number % 2].land(flight) for number, flight in enumerate(started)]
+
+        return all_slots(0) + all_slots(limit)
+
+    outs = bench.on_ranks(setting, work)
+    for number in range(2 * limit):
+        bench.check(setting, [of_rank[number] for of_rank in outs], "calls in flight", number)
+
+
+def _refuses_another(layer: Rank, limit: int) -> None:
+    try:
+        layer.dispatch()
+    except MoEError as error:
+        if "in flight" in str(error):
+            return
+        says = f"was refused without the reason, which is how many are in flight: {error}"
+        raise Violation("calls in flight", f"a step too many over two layers {says}") from error
+    says = f"shared_in_flight with max_in_flight = {limit} is declared"
+    raise Violation("calls in flight", f"two layers had {limit + 1} steps in flight, and {says}")
 
 
 def handle_once(bench: DispatchBench, setting: Setting, how: str) -> None:
@@ -176,6 +219,33 @@ def handle_once(bench: DispatchBench, setting: Setting, how: str) -> None:
         raise Violation("handles", f"finalize took {'the same handle twice' if how == 'twice' else 'None as a handle'}")
 
     bench.on_ranks(setting, work)
+
+
+def handle_of_another(bench: DispatchBench, setting: Setting) -> None:
+    """A handle of one layer in another layer's `finalize`: an error or the right numbers, never the other's rows."""
+    if bench.launched is not None:
+        raise Skip("a handle of another layer is asked on virtual ranks, where nobody waits for ever")
+
+    def work(rank: Rank) -> torch.Tensor:
+        other = bench.rank(setting, rank.group)
+        flight = rank.dispatch(0)
+        other.dispatch(1)
+        expert_out = rank.kernel.run_experts(flight, rank.weights)
+        other.backend.finalize(expert_out, flight.dispatched.handle, flight.routing, flight.out)
+        return flight.out
+
+    outs = bench.on_ranks(setting, work, return_errors=True)
+    if not _raised(outs):
+        bench.check(setting, outs, "handles")
+
+
+def _raised(outs: Sequence[Any]) -> list[BaseException]:
+    """The errors among what ranks returned; a violation is no answer, and is raised."""
+    errors = [out for out in outs if isinstance(out, BaseException)]
+    for error in errors:
+        if isinstance(error, Violation | AssertionError):
+            raise error
+    return errors
 
 
 def released(bench: DispatchBench, setting: Setting) -> None:
@@ -228,10 +298,7 @@ def too_many_tokens(bench: DispatchBench, setting: Setting, who: str) -> None:
         return out[: rank.setting.sizes()[rank.group.rank]]
 
     outs = bench.on_ranks(setting, work, return_errors=True)
-    errors = [out for out in outs if isinstance(out, BaseException)]
-    for error in errors:
-        if isinstance(error, Violation):
-            raise error
+    errors = _raised(outs)
     if not errors:
         bench.check(setting, [out for out in outs if out is not None], "capacity")
     elif not any(isinstance(error, CapacityError) for error in errors):
@@ -345,10 +412,7 @@ def survives(bench: DispatchBench, setting: Setting, collective: int) -> None:
     gone = setting.world - 1
     faults = Faults(drop={gone: collective})
     outs = bench.on_ranks(setting, Rank.run, faults=faults, timeout_s=PATIENCE_S, return_errors=True)
-    healthy = [out for rank, out in enumerate(outs) if rank != gone]
-    for error in healthy:
-        if isinstance(error, Violation | AssertionError):
-            raise error
+    _raised([out for rank, out in enumerate(outs) if rank != gone])
     if all(isinstance(out, torch.Tensor) for out in outs):
         bench.check(setting, outs, "faults")
         raise Skip(f"a step has no collective number {collective}")

@@ -14,9 +14,11 @@ import torch
 
 from moe_core import formats
 from moe_core.expert_map import ExpertMapManager
-from moe_core.testing.case import Violation
+from moe_core.footprint import payload_row_bytes, share_of_tokens
+from moe_core.testing.case import Skip, Violation
 from moe_core.testing.compare import as_bytes
 from moe_core.testing.dispatch_bench import DispatchBench, Rank, Setting, check_form
+from moe_core.testing.virtual import VirtualGroup
 from moe_core.types import ROW_WISE_PAYLOAD, ActivationFormat, Dispatched, DispatchFootprint
 
 CODE_STEP = {"float8_e4m3fn": 0.07, "float4_e2m1": 0.26}
@@ -179,3 +181,72 @@ def footprint(bench: DispatchBench, setting: Setting) -> None:
             )
 
     bench.on_ranks(setting, work)
+
+
+def wire(bench: DispatchBench, setting: Setting) -> None:
+    """Per rank, a step moves no more bytes by the group's collectives than it declares; less is an upper bound.
+
+    Traffic that follows the routing is declared in the mean, so what is declared is first scaled to this batch, by
+    rows for each rank or by choices, whichever is more; it may be rounded by less than a row. What moves otherwise, by
+    the group's `torch_group` or by memory of peers, is not seen; where nothing is, the case is skipped.
+    """
+    declared = bench.candidate.capabilities.footprint
+    assert declared is not None, "asked of backends that declare one"
+    if bench.launched is not None:
+        raise Skip("bytes are counted on virtual ranks")
+    size = setting.sizes()[0]
+
+    def work(rank: Rank) -> tuple[DispatchFootprint, int, int]:
+        group, plan = rank.group, rank.kernel.plan
+        assert isinstance(group, VirtualGroup), "real ranks were skipped"
+        rank.run(1)  # what is exchanged once is no part of a step
+        before = group.received_bytes
+        flight = rank.dispatch()
+        between = group.received_bytes
+        rank.land(flight)
+        return declared(plan.problem, plan.payload, size), between - before, group.received_bytes - between
+
+    found = bench.on_ranks(setting, work)
+    if not any(there + back for _, there, back in found):
+        raise Skip("moves nothing by the group's collectives, so its bytes on the wire can't be counted here")
+    more = _more_than_the_mean(bench, setting)
+    plan = bench.possible(setting)
+    row = sum(payload_row_bytes(plan.problem, plan.payload))
+    for rank, (told, *moved) in enumerate(found):
+        fields = ("dispatch_wire_bytes", "combine_wire_bytes")
+        for field, got, factor in zip(fields, moved, more[rank], strict=True):
+            most = round(getattr(told, field) * factor)
+            if got >= most + row:
+                raise Violation(
+                    "footprint",
+                    f"rank {rank} of {setting.world}, T = {size}: it declares {field} = {getattr(told, field)}, {most} "
+                    f"for this routing, and received {got} from other ranks (DispatchFootprint, docs/plan.md)",
+                )
+
+
+def _more_than_the_mean(bench: DispatchBench, setting: Setting) -> list[tuple[float, float]]:
+    """Of each rank, at least 1: how far what it gets, and gets back, is above the mean over uniform routings."""
+    world, size = setting.world, setting.sizes()[0]
+    problems = [setting.problem(rank, bench.described) for rank in range(world)]
+    shares = [share_of_tokens(problem) for problem in problems]
+    choices = [setting.top_k * problem.num_local_experts / setting.experts for problem in problems]
+    rows, chosen = ([[0] * world for _ in range(world)] for _ in range(2))
+    for source in range(world):
+        ids = setting.batch(source)[1].topk_ids
+        for rank in range(world):
+            held = ExpertMapManager(setting.experts, world, rank, setting.placement).local_experts
+            here = torch.isin(ids, torch.tensor(held, dtype=ids.dtype))
+            rows[source][rank], chosen[source][rank] = int(here.any(dim=1).sum()), int(here.sum())
+    found = []
+    for rank in range(world):
+        others = [other for other in range(world) if other != rank]
+        there = max(
+            sum(counts[other][rank] for other in others) / (len(others) * size * mean[rank])
+            for counts, mean in ((rows, shares), (chosen, choices))
+        )
+        back = max(
+            sum(counts[rank][other] for other in others) / (size * sum(mean[other] for other in others))
+            for counts, mean in ((rows, shares), (chosen, choices))
+        )
+        found.append((max(1.0, there), max(1.0, back)))
+    return found

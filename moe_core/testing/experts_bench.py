@@ -252,7 +252,7 @@ class ExpertsBench:
         return out.tensor.cpu()
 
     def workspaces(self, setting: Setting, experts: Experts, bound: int, fill_byte: int) -> Mapping[str, Guarded]:
-        shapes = workspace_shapes(f"experts {self.candidate.label}", experts, bound, setting.format)
+        shapes = workspace_shapes(self.candidate, experts, bound, setting.format)
         return {
             name: Guarded(tuple(shape), dtype, self.device, fill=fill_byte) for name, (shape, dtype) in shapes.items()
         }

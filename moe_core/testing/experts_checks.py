@@ -29,7 +29,12 @@ def numbers(bench: ExpertsBench, setting: Setting, duty: str) -> None:
 
 def runs(bench: ExpertsBench, setting: Setting) -> None:
     """The experts are made, weights are loaded, and one call ends; its numbers are for other cases."""
-    bench.run(setting, bench.make(setting), bench.load(setting).weights, bench.batch(setting))
+    out = bench.run(setting, bench.make(setting), bench.load(setting).weights, bench.batch(setting))
+    if out.isnan().all():
+        raise Violation(
+            "out is written whole",
+            "apply left out as it was; write into it: out.copy_(total), not out = total (Experts.apply, docs/api.md)",
+        )
 
 
 def router_weights(bench: ExpertsBench, setting: Setting, values: tuple[float, ...]) -> None:

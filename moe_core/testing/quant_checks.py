@@ -15,7 +15,8 @@ import torch
 from moe_core.config import ActivationSpec, MoEParallelConfig
 from moe_core.emulated import dequantize_weights
 from moe_core.errors import MoEError
-from moe_core.quant import QuantMethod, QuantScheme, QuantSpec
+from moe_core.forms import made_method
+from moe_core.quant import QuantSpec
 from moe_core.routed_experts import RoutedExperts
 from moe_core.testing.case import Skip, Violation
 from moe_core.testing.compare import Untouched, same_bits
@@ -63,11 +64,9 @@ def _addresses(layer: RoutedExperts) -> dict[str, int]:
 
 
 def names_its_scheme(bench: QuantBench) -> None:
-    first, second = bench.entry.factory(), bench.entry.factory()
-    if not isinstance(first, QuantMethod) or not isinstance(first.scheme, QuantScheme):
-        raise Violation("honest claims", f"the factory made {first!r}; the contract is a QuantMethod with a scheme")
-    if first.scheme.name != bench.entry.scheme or first.scheme != second.scheme:
-        raise Violation("honest claims", f"registered as {bench.entry.scheme!r}, and its scheme is {first.scheme}")
+    first, second = made_method(bench.entry), made_method(bench.entry)
+    if first.scheme != second.scheme:
+        raise Violation("honest claims", f"two methods have two schemes: {first.scheme}, {second.scheme}")
 
 
 def says_how_input_is(bench: QuantBench) -> None:

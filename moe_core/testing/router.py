@@ -18,6 +18,7 @@ import attrs
 import torch
 
 from moe_core.config import MoEConfig, RouterSpec
+from moe_core.forms import made_router
 from moe_core.interfaces import Router, RouterFactory
 from moe_core.testing import material
 from moe_core.testing.case import Case, Skip, Tier, Violation
@@ -57,7 +58,7 @@ class RouterBench:
             intermediate_size=4,
             router=RouterSpec.of(_NAME, **{**self.params, **params}),
         )
-        return self.factory(config)
+        return made_router(self.factory, config, "the router")
 
     def possible(self, experts: int, top_k: int) -> Router:
         try:
@@ -95,6 +96,7 @@ def router_cases(
         return Case(title, duty, tier, claim, functools.partial(check, bench, *arguments))
 
     def all_cases() -> Iterator[Case]:
+        yield attrs.evolve(case("one is made", "a step runs", _is_made), opens=True)
         for (tokens, experts, top_k), dtype in itertools.product(SHAPES, DTYPES):
             shown = f"T = {tokens}, E = {experts}, K = {top_k}, {str(dtype).removeprefix('torch.')}"
             duty = "empty steps" if tokens == 0 else "routing"
@@ -146,6 +148,10 @@ def _check_form(routing: Routing, tokens: int, experts: int, top_k: int) -> None
         raise Violation("duplicate ids", "a row has the same expert twice")
     if not bool(weights[ids >= 0].isfinite().all()):
         raise Violation("routing", "a weight is not finite")
+
+
+def _is_made(bench: RouterBench) -> None:
+    bench.possible(8, 2)
 
 
 def _form(bench: RouterBench, tokens: int, experts: int, top_k: int, dtype: torch.dtype) -> None:

@@ -31,7 +31,8 @@ SEQUENTIAL, INTERNAL = SharedExpertsOrder.SEQUENTIAL, SharedExpertsOrder.INTERNA
 def runner_cases(factory: RunnerFactory, *, device: torch.device | str = "cpu") -> list[Case]:
     """All cases for one runner, as it is registered."""
     bench = RunnerBench(factory, torch.device(device))
-    return [*_numbers(bench), *_contract(bench), *_compiled(bench)]
+    first = attrs.evolve(_case(bench, "one is made", "a step runs", is_made), opens=True)
+    return [first, *_numbers(bench), *_contract(bench), *_compiled(bench)]
 
 
 def _case(
@@ -138,6 +139,11 @@ def _compiled(bench: RunnerBench) -> Iterator[Case]:
     }
     for name, setting in settings.items():
         yield _case(bench, f"compiled: {name}", "fakes", compiled, setting, claim="torch.compile")
+
+
+def is_made(bench: RunnerBench) -> None:
+    """From what `MoERunner` takes; what it computes is for other cases."""
+    bench.build(Setting())
 
 
 def numbers(bench: RunnerBench, setting: Setting, duty: str) -> None:

@@ -12,7 +12,8 @@ import torch
 
 from moe_core.answers import probed
 from moe_core.config import ActivationSpec, MoEConfig, MoEParallelConfig, Problem, RouterSpec
-from moe_core.interfaces import Group, MoERunnerInterface, RunnerFactory
+from moe_core.forms import made_runner
+from moe_core.interfaces import Group, RunnerFactory
 from moe_core.plugins import registry
 from moe_core.quant import UNQUANTIZED, QuantMethod, QuantScheme
 from moe_core.routed_experts import RoutedExperts
@@ -143,7 +144,9 @@ class RunnerBench:
         wide, narrow = setting.hidden, setting.inner_hidden
         inward = linear(wide, narrow, 7, setting.dtype).to(self.device) if setting.latent else None
         outward = linear(narrow, wide, 8, setting.dtype).to(self.device) if setting.latent else None
-        runner: MoERunnerInterface = self.factory(
+        runner = made_runner(
+            self.factory,
+            "the runner",
             plan,
             layer,
             router,

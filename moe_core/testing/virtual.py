@@ -9,11 +9,12 @@ Shape letters: W ranks · N rows.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -205,6 +206,13 @@ class _World:
         return f"rank {rank} waits in {stage}: {who} did not come to {meeting.name} (collective {number}){why}"
 
 
+@attrs.define
+class _Traffic:
+    """Bytes that one rank received."""
+
+    received: int = 0
+
+
 class VirtualGroup:
     """One rank's view of W virtual ranks: a `Group`. Made by `run_on_ranks`.
 
@@ -216,8 +224,9 @@ class VirtualGroup:
 
     torch_group: Any | None = None
 
-    def __init__(self, world: _World, rank: int) -> None:
+    def __init__(self, world: _World, rank: int, traffic: _Traffic | None = None) -> None:
         self._world = world
+        self._traffic = traffic or _Traffic()
         self.rank, self.size = rank, world.size
         self.timeout_s = world.timeout_s
         self.calls = 0
@@ -230,11 +239,30 @@ class VirtualGroup:
         """The group of some of these ranks (of this one among them), in the given order. No communication."""
         if self.rank not in ranks:
             raise ValueError(f"VirtualGroup.subgroup({list(ranks)}) was asked by rank {self.rank}, which is not in it")
-        return VirtualGroup(self._world.part(tuple(ranks)), list(ranks).index(self.rank))
+        return VirtualGroup(self._world.part(tuple(ranks)), list(ranks).index(self.rank), self._traffic)
+
+    @property
+    def received_bytes(self) -> int:
+        """What collectives, those of subgroups too, brought this rank from others.
+
+        Of a reduce-scatter the parts that are summed count, of an all-reduce those and the other ranks' sums.
+        """
+        return self._traffic.received
+
+    @contextlib.contextmanager
+    def emulating(self) -> Iterator[None]:
+        """What is moved meanwhile stands for a library's own traffic, in another size: it is not counted."""
+        before = self._traffic.received
+        try:
+            yield
+        finally:
+            self._traffic.received = before
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Summed in rank order, in the dtype of `tensor`."""
-        return _sum(self._meet(f"all_reduce of {_described(tensor)}", tensor.clone())())
+        parts = self._meet(f"all_reduce of {_described(tensor)}", tensor.clone())()
+        self._traffic.received += 2 * tensor.nbytes * (self.size - 1) // self.size
+        return _sum(parts)
 
     def all_gather(self, tensor: torch.Tensor, sizes: list[int] | None = None) -> torch.Tensor:
         return self.all_gather_start(tensor, sizes)()
@@ -274,6 +302,9 @@ class VirtualGroup:
     def barrier(self) -> None:
         self._meet("barrier", None)()
 
+    def await_device(self, stage: str) -> None:
+        """Collectives here end on the host."""
+
     def _exchange(
         self,
         name: str,
@@ -302,7 +333,9 @@ class VirtualGroup:
             del tensor, sent  # they may be freed from here on, as a real group's
             if not untouched:
                 raise MoEError(f"rank {self.rank}: the tensor of {name} was written before the collective had ended")
-            return take([each[self.rank] for each in offers] if apart else offers)
+            parts = [each[self.rank] for each in offers] if apart else offers
+            self._traffic.received += sum(part.nbytes for rank, part in enumerate(parts) if rank != self.rank)
+            return take(parts)
 
         return finish
 

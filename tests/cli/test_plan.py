@@ -72,8 +72,10 @@ def test_over_the_numbers_of_ranks(planned):
 
 
 def test_the_table_over_the_numbers_of_ranks(invoke):
-    text = invoke("plan", SHAPE, "--world", "1,128").stdout
+    text = invoke("plan", SHAPE, "--world", "1,128,1024").stdout
     assert "128 ranks in 2 groups of 64" in text
+    assert "1,024 ranks in 16 groups of 64" in text
+    assert "…" not in text, "nothing is cut"
     assert "figures of NVIDIA H200" in text
 
 

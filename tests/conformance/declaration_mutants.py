@@ -46,6 +46,26 @@ class CountsWrongly(dispatch_mutants.Wrapped):
     pass
 
 
+def _nothing_moves(base):
+    def told(problem, payload, tokens):
+        right = registered("dispatch", base).capabilities.footprint(problem, payload, tokens)
+        return attrs.evolve(right, dispatch_wire_bytes=1, combine_wire_bytes=1)
+
+    return told
+
+
+def _a_third_less_comes_back(problem, payload, tokens):
+    right = registered("dispatch", "all_gather").capabilities.footprint(problem, payload, tokens)
+    return attrs.evolve(right, combine_wire_bytes=right.combine_wire_bytes * 2 // 3)
+
+
+@dispatch_mutants.wrong("batched", "says it moves nothing", "footprint", footprint=_nothing_moves("batched"))
+@dispatch_mutants.wrong("all_gather", "says it moves nothing", "footprint", footprint=_nothing_moves("all_gather"))
+@dispatch_mutants.wrong("all_gather", "forgets a part of the wire", "footprint", footprint=_a_third_less_comes_back)
+class MovesMore(dispatch_mutants.Wrapped):
+    pass
+
+
 class FollowsRouting(dispatch_mutants.Wrapped):
     """No mutant by itself: R is what the routing sends here, and the footprint of what it wraps is its bound."""
 

@@ -27,6 +27,11 @@ class Wrapped(PrepareAndFinalize):
         self.size = max(parallel.ep_size, parallel.tp_size)
         self.rank = max(parallel.ep_rank, parallel.tp_rank)
 
+    @classmethod
+    def told(cls, config, parallel, scheme, group, placement):
+        """What the factory of the one inside is given."""
+        return config, parallel, scheme, group, placement
+
     def prepare(self, hidden_states, routing, **named):
         return self.inner.prepare(hidden_states, routing, **named)
 
@@ -56,7 +61,7 @@ def wrong(base: str, name: str, *duties: str, **claims: Any) -> Callable[[type[W
     return register
 
 
-def cases_of(base: str, kind: Callable[..., Any], claims: dict[str, Any], ranks: int = RANKS) -> list[Any]:
+def cases_of(base: str, kind: type[Wrapped], claims: dict[str, Any], ranks: int = RANKS) -> list[Any]:
     candidate = registered("dispatch", base)
     probe = claims.get("probe", candidate.probe)
     capabilities: DispatchCapabilities = attrs.evolve(
@@ -66,7 +71,7 @@ def cases_of(base: str, kind: Callable[..., Any], claims: dict[str, Any], ranks:
         candidate,
         capabilities=capabilities,
         probe=probe,
-        factory=lambda *given: kind(candidate.factory(*given), given[0], given[1]),
+        factory=lambda *given: kind(candidate.factory(*kind.told(*given)), given[0], given[1]),
     )
     return dispatch_cases(mutated, ranks=ranks)
 
@@ -229,19 +234,18 @@ class IgnoresMap(Wrapped):
 
 @wrong("batched", "places experts in blocks whatever the placement", "expert map")
 class OnlyLinear(Wrapped):
-    def __init__(self, inner, config, parallel):
-        super().__init__(inner, config, parallel)
-        if hasattr(inner, "placement"):
-            inner.placement = ExpertPlacement.LINEAR
+    @classmethod
+    def told(cls, config, parallel, scheme, group, placement):
+        linear = ExpertPlacement.LINEAR
+        return attrs.evolve(config, placement=linear), parallel, scheme, group, linear
 
 
 @wrong("batched", "thinks that all ranks hold as many experts", "expert map", "rows")
 class EqualShares(Wrapped):
-    def __init__(self, inner, config, parallel):
-        super().__init__(inner, config, parallel)
-        if hasattr(inner, "owner"):
-            share = max(config.num_experts // self.size, 1)
-            inner.owner = lambda ids: torch.where(ids < 0, self.size, (ids.long() // share).clamp(max=self.size - 1))
+    @classmethod
+    def told(cls, config, parallel, scheme, group, placement):
+        share = max(config.num_experts // parallel.ep_size, 1)
+        return attrs.evolve(config, num_experts=share * parallel.ep_size), parallel, scheme, group, placement
 
 
 @wrong("batched", "takes -1 as the last expert", "dropped ids")

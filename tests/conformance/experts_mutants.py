@@ -51,12 +51,11 @@ def wrong(base: str, name: str, *duties: str, **claims: Any) -> Callable[[type[W
 
 def cases_of(base: str, kind: Callable[..., Any], claims: dict[str, Any]) -> list[Any]:
     candidate = registered("experts", base)
-    probe = claims.get("probe", candidate.probe)
     changes = {name: value for name, value in claims.items() if name != "probe"}
     mutated = attrs.evolve(
         candidate,
         capabilities=attrs.evolve(candidate.capabilities, **changes),
-        probe=probe,
+        probe=claims.get("probe", candidate.probe),
         factory=functools.partial(kind, candidate.factory),
     )
     return experts_cases(mutated)
@@ -194,14 +193,19 @@ class WritesBeside(Wrapped):
         out.as_strided((1,), (1,), out.storage_offset() + out.numel()).zero_()
 
 
+@wrong("torch", "gives the name out to another tensor", "out is written whole")
+class NeverWrites(Wrapped):
+    def apply(self, dispatched, weights, workspaces, out):
+        self.inner.apply(dispatched, weights, workspaces, torch.empty_like(out))
+
+
 @wrong("torch", "leaves rows of nobody unwritten", "dropped ids", "padding is not read")
 class LeavesRows(Wrapped):
     def apply(self, dispatched, weights, workspaces, out):
         before = out.clone()
         self.inner.apply(dispatched, weights, workspaces, out)
         if not batched(dispatched):
-            nobody = (dispatched.topk_ids < 0).all(dim=1)
-            out[nobody] = before[nobody]
+            torch.where((dispatched.topk_ids < 0).all(dim=1, keepdim=True), before, out, out=out)
 
 
 @wrong("torch", "ignores num_rows", "padding is not read")

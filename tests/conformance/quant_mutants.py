@@ -58,7 +58,12 @@ def wrong(base: str, name: str, *duties: str, **changes: Any) -> Callable[[type[
 
 def cases_of(base: str, kind: Callable[..., Any], changes: dict[str, Any]) -> list[Any]:
     entry = registered("scheme", base)
-    return quant_cases(attrs.evolve(entry, factory=lambda: kind(entry.factory()), **changes))
+    return quant_cases(attrs.evolve(entry, **{"factory": lambda: kind(entry.factory()), **changes}))
+
+
+@wrong("unquantized", "is none", "honest claims", factory=lambda: None)
+class NoMethod(Wrapped):
+    pass
 
 
 @wrong("unquantized", "stores gate as up and up as gate", "gate/up layout", "values")

@@ -50,6 +50,11 @@ def changed(routing: Routing, *, ids: Any = None, weights: Any = None) -> Routin
     return Routing(routing.topk_ids if ids is None else ids, routing.topk_weights if weights is None else weights)
 
 
+@wrong("is none", "a step runs", factory=lambda config: None)
+class NoRouter(Wrapped):
+    pass
+
+
 @wrong("weights in the logits' dtype", "shapes and dtypes", "routing")
 class LowWeights(Wrapped):
     def select_experts(self, router_logits, correction_bias=None):

@@ -26,6 +26,9 @@ def wrong(name: str, *duties: str) -> Callable[[type], type]:
     return register
 
 
+wrong("is none", "a step runs")(lambda *_, **__: None)
+
+
 @wrong("forgets the routed scale", "routed scaling factor")
 class NoScale(Runner):
     def _assemble(self, routed, shared):

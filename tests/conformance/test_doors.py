@@ -104,7 +104,8 @@ def test_one_cause_is_printed_once(acme):
     assert result.stdout.count("FAILED") == 1
     told = " ".join(result.stdout.split())
     assert "a step runs: " in told
-    assert "dispatch 'acme' (in process): its factory returned None; expected factory(" in told
+    assert "dispatch 'acme' (in process, moe_core_register_prepare_finalize): its factory returned None" in told
+    assert "expected factory(config, parallel, scheme, group, placement) -> moe_core.PrepareAndFinalize" in told
     assert "'one step runs' failed; what follows is asked when it passes" in told
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import attrs
 import pytest
 
 from moe_core.testing import Case, dispatch_bench, registered, run_case
@@ -13,6 +16,7 @@ from tests.conformance import (
     declaration_mutants,
     dispatch_mutants,
     experts_mutants,
+    flight_mutants,
     form_mutants,
     quant_mutants,
     router_mutants,
@@ -23,6 +27,7 @@ from tests.conformance.mutant import named
 
 assert declaration_mutants.__doc__, "imported for what it adds to the two lists that it names"
 assert form_mutants.__doc__, "so is this"
+assert flight_mutants.__doc__, "and this"
 KINDS = {
     "dispatch": dispatch_mutants,
     "experts": experts_mutants,
@@ -75,10 +80,18 @@ def test_the_wrapper_of_the_mutants_is_no_mutant(kind):
         assert not result.bad, f"{case.name}: {result.duty}: {result.text}"
 
 
+def test_layers_that_share_their_slots_conform_if_they_say_so():
+    cases = dispatch_mutants.cases_of("batched", flight_mutants.OverAllLayers, flight_mutants.SHARED)
+    asked = [case for case in cases if case.duty in ("calls in flight", "no state between layers", "release")]
+    assert sum(case.name.startswith("two layers") for case in asked) == 4
+    for case in asked:
+        assert not run_case(case).bad, f"{case.name}: {run_case(case).text}"
+
+
 def test_rows_that_follow_the_routing_have_a_bound_too():
     cases = dispatch_mutants.cases_of("all_gather", declaration_mutants.FollowsRouting, {})
     asked = [case for case in cases if case.duty == "footprint" or case.name.startswith(("delivered", "numbers: ids"))]
-    assert sum(case.duty == "footprint" for case in asked) == 6
+    assert sum(case.duty == "footprint" for case in asked) == 7
     for case in asked:
         assert not run_case(case).bad, run_case(case).text
 
@@ -95,6 +108,16 @@ def test_every_case_is_killed_by_some_mutant(backend):
     cases: list[Case] = FULL[backend](2)
     alive = survivors(cases, KINDS[backend.partition(":")[0]].MUTANTS)
     assert set(alive) <= NEEDS_A_GPU
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["batched", "all_gather"])
+def test_every_case_on_three_and_four_ranks_is_killed_too(name):
+    cases = [case for case in FULL[f"dispatch:{name}"](4) if not case.name.endswith((", 1 rank", ", 2 ranks"))]
+    mutants = [
+        attrs.evolve(mutant, cases=functools.partial(mutant.cases, ranks=4)) for mutant in dispatch_mutants.MUTANTS
+    ]
+    assert set(survivors(cases, mutants)) <= NEEDS_A_GPU
 
 
 def test_a_full_backend_is_asked_at_least_150_questions():

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+import moe_core
 from moe_core.testing import (
     ExpertsConformance,
     PrepareFinalizeConformance,
@@ -172,23 +176,38 @@ class TestRunner(RunnerConformance):
         return registered("runner", "default")
 
 
-OTHERS = [
-    "dispatch:local",
-    "dispatch:all_gather",
-    "dispatch:batched",
-    "experts:fp8_torch_cached",
-    "experts:nvfp4_torch_cached",
-    "runner:two_batch",
-    "scheme:fp8_block_ue8m0",
-    "scheme:fp8_tensor_dynamic",
-    "scheme:fp8_weight_only",
-    "scheme:nvfp4",
-]
+ROOT = Path(__file__).parents[2]
+ABOVE = {":".join(found) for found in re.findall(r'registered\("(\w+)", "(\w+)"\)', Path(__file__).read_text())}
+SLOW = {"experts:fp8_torch_cached", "experts:nvfp4_torch_cached"}
+"""What differs from a backend above in where it keeps its weights alone."""
+
+
+def others() -> list[str]:
+    """Whatever else is registered, so that nothing ships without being asked."""
+    found = []
+    for record in moe_core.plugins():
+        package = record.module.partition(".")[0]
+        if not (ROOT / "plugins" / package / "tests" / "test_conformance.py").exists():  # else it is asked there
+            found += [name for name in record.registers if name not in ABOVE]
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] if name in SLOW else []) for name in others()]
+)
+def test_everything_else_that_is_registered(name):
+    """Of backends for GPUs their declarations everywhere, their numbers where there is one."""
+    for suite in suites(name, ranks=2):
+        report = run_cases(suite.cases, suite.subject, suite.device)
+        assert report.failures == ()
+        computes = report.verdict == "conforms"
+        kind, _, called = name.partition(":")
+        assert computes or (kind == "experts" and "cpu" not in registered(kind, called).capabilities.device_types)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", OTHERS)
-def test_on_four_ranks_and_what_differs_little(name):
-    suite = suites(name, ranks=4)[0]
+@pytest.mark.parametrize("name", ["local", "all_gather", "batched"])
+def test_on_four_ranks(name):
+    (suite,) = suites(f"dispatch:{name}", ranks=4)
     report = run_cases(suite.cases, suite.subject, suite.device)
     assert report.verdict == "conforms", report.failures

@@ -189,8 +189,12 @@ WRONG_ARGUMENTS = [
         r"dispatch 'x': capabilities = .*…; expected a moe_core.DispatchCapabilities",
     ),
     (IN_DISPATCH, ("x", factory, DISPATCH, True), r"dispatch 'x': probe = True; expected a function"),
-    (IN_DISPATCH, ("x", factory, DISPATCH, factory, "high"), r"dispatch 'x': priority = 'high'; expected an int"),
-    (IN_DISPATCH, ("x", factory, DISPATCH, factory, ((0, 1),)), r"dispatch 'x': priority = .*; expected an int"),
+    (
+        IN_DISPATCH,
+        ("x", factory, DISPATCH, factory, "high"),
+        rf"dispatch 'x': priority = 'high'; expected {INT_OR_RANGES}",
+    ),
+    (IN_DISPATCH, ("x", factory, DISPATCH, factory, ()), rf"dispatch 'x': priority = \(\); expected {INT_OR_RANGES}"),
     (IN_EXPERTS, ("x", factory, EXPERTS, factory, ()), rf"experts 'x': priority = \(\); expected {INT_OR_RANGES}"),
     (IN_EXPERTS, ("x", factory, EXPERTS, factory, ((5, 1), (0, 2))), rf"experts 'x': .*; expected {INT_OR_RANGES}"),
     (IN_EXPERTS, (7, factory, EXPERTS), r"experts: name = 7; expected a str, not empty"),
@@ -225,6 +229,10 @@ AUTHORS_ERRORS = [
     (
         "@moe_core.hookimpl\ndef moe_core_register_expert(register): pass\n",
         rf"{NO_HOOK.format('expert')}; did you mean moe_core_register_experts\? {HOOKS_ARE}",
+    ),
+    (
+        "def moe_core_register_dispatch(register): pass\n",
+        rf"{NO_HOOK.format('dispatch')}; did you mean moe_core_register_prepare_finalize\? {HOOKS_ARE}",
     ),
     (
         "def moe_core_register_rooters(register): pass\n",

@@ -10,6 +10,7 @@ import pytest
 
 PROGRAM = """
 import os, sys, torch, torch.distributed as dist
+from moe_core.errors import CollectiveError
 from moe_core.group import TorchGroup
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -36,6 +37,22 @@ first, second, third, fourth = [end() for end in reversed(ends)][::-1]
 assert first.equal(parts) and second.equal(own) and third.equal(got) and fourth.flatten().tolist() == [0, 10]
 group.store.set(f"said by {rank}", b"x")
 assert group.store.get(f"said by {1 - rank}") == b"x"
+group.await_device("nothing was given to one")
+group.barrier()
+
+
+class NeverDone:
+    def record(self): ...
+    def query(self): return False
+
+
+torch.cuda.is_initialized, torch.cuda.Event, group.timeout_s = lambda: True, NeverDone, 0.05
+try:
+    group.await_device("a step of acme")
+except CollectiveError as error:
+    assert str(error).startswith(f"a step of acme: rank {rank} of 2: the device is not done within 0.05 s; "), error
+    assert "every rank reports a failure" in str(error), error
+    print("told", end=" ")
 group.barrier()
 print("rank done", flush=True)
 os._exit(0)  # gloo's threads and the interpreter's exit race now and then, and that is not what is tested
@@ -55,7 +72,7 @@ def test_every_collective_gives_what_the_protocol_says(tmp_path: Path):
     for process in started:
         out, err = process.communicate(timeout=100)
         assert process.returncode == 0, err
-        assert "rank done" in out
+        assert "told rank done" in out
 
 
 DEAD = """

@@ -44,6 +44,12 @@ def test_a_registered_module_brings_its_backends_and_takes_them_along(register, 
     with pytest.raises(UnsupportedError, match="unknown dispatch 'acme'"):
         moe_core.plan(config(), dispatch="acme", device="cpu")
     register(made)  # and again, as in a notebook whose cell is run twice
+    moe_core.unregister_plugin(made)  # by what it was registered as, or by its name
+    register(made, "another name")
+    moe_core.unregister_plugin(made)
+    for unknown in (made, "acme"):
+        with pytest.raises(PluginError, match="no plugin 'acme' was registered in this process; registered so: none"):
+            moe_core.unregister_plugin(unknown)
 
 
 def test_a_refused_plugin_leaves_nothing_behind(backend):
@@ -65,10 +71,13 @@ def test_a_refused_plugin_leaves_nothing_behind(backend):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (module(api=(2, 0)), r"built for plugin API 2.0, this moe-core speaks 1.0; try pip install --upgrade moe-core"),
-        (module(api=(1, 99)), r"built for plugin API 1.99.*pip install --upgrade moe-core"),
-        (module(api=(0, 9)), r"built for plugin API 0.9.*pip install --upgrade"),
-        (module(api=None), r"sets moe_core_api = None; expected a pair of ints such as \(1, 0\)"),
+        (
+            module(api=(2, 0)),
+            r"acme declares moe_core_api = \(2, 0\), .* speaks \(1, 0\); .* --upgrade moe-core \(docs/stability.md\)",
+        ),
+        (module(api=(1, 99)), r"moe_core_api = \(1, 99\).*pip install --upgrade moe-core"),
+        (module(api=(0, 9)), r"moe_core_api = \(0, 9\).*pip install --upgrade"),
+        (module(api=None), r"acme does not set moe_core_api; expected a pair of ints such as \(1, 0\)"),
         (
             module(moe_core_register_expert=lambda register: None),
             r"^plugin 'acme': acme defines moe_core_register_expert, .* did you mean moe_core_register_experts\?",

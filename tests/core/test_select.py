@@ -81,6 +81,14 @@ def test_equal_priorities_fall_back_to_the_name_and_never_to_the_order_of_regist
         experts.reverse()
 
 
+@pytest.mark.parametrize(("most", "wins"), [(None, "few"), (255, "few"), (256, "many"), (9999, "many")])
+def test_a_dispatch_may_have_another_priority_from_so_many_tokens_a_rank_on(problem, most, wins):
+    dispatches = [candidate("dispatch", "local", "few", ((0, 20), (256, -7))), candidate("dispatch", "local", "many")]
+    plan = select(problem(max_tokens_per_rank=most), dispatches, [registry().find("experts", "torch")])
+    assert plan.dispatch.name == wins
+    assert plan.reports[0].priority[0] == (20 if wins == "few" else 0)
+
+
 def test_a_loser_by_priority_is_in_the_table(problem):
     plan = select(
         problem(),
@@ -121,7 +129,7 @@ def test_the_format_comes_from_the_dispatch(problem):
         ("dispatch", {"max_tokens_per_rank": 128}, {}, "max_tokens_per_rank = None: must be set, to at most 128"),
         ("dispatch", {"max_topk": 1}, {}, "top_k = 2: at most 1"),
         ("dispatch", {"graph_capturable": False}, {"cuda_graph": True}, "cannot be captured in a CUDA graph"),
-        ("dispatch", {"min_ep_size": 2}, {}, "serves 2 to any expert-parallel ranks, not 1"),
+        ("dispatch", {"min_ep_size": 2}, {}, "needs 2 or more expert-parallel ranks; here ep = 1"),
         ("experts", {"deterministic": False}, {"deterministic": True}, "is not deterministic"),
         ("experts", {"activations": frozenset({"gelu"})}, {}, "activation silu: supports gelu"),
         (

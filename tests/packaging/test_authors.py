@@ -59,7 +59,7 @@ def test_the_example_package_is_built_installed_and_conforms(install, third_part
     assert set(verdicts.values()) == {"conforms"}
 
 
-@pytest.mark.parametrize("kind", ["dispatch", "experts", "quant"])
+@pytest.mark.parametrize("kind", ["dispatch", "experts", "quant", "router", "runner"])
 def test_a_new_plugin_is_found_and_its_own_tests_pass(kind, install, third_party_python, run, list_plugins, tmp_path):
     folder = write_plugin("acme_ring", kind, tmp_path)
     install(folder)

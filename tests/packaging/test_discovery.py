@@ -91,8 +91,8 @@ def test_broken_plugins_are_listed_and_good_ones_load_beside_them(install, listi
     assert_refused(found["acme-unmarked"], "failed", "without @moe_core.hookimpl", "docs/hooks.md")
     assert_refused(found["acme-at-import"], "failed", "acme_at_import.py:2: ", "'carry_tokens'", "carries_tokens?")
     assert not [d for d in ("acme-mistyped", "acme-at-import") if "reinstall" in found[d]["reason"]]
-    assert_refused(found["acme-major"], "incompatible", "2.0", "1.0", "pip install")
-    assert_refused(found["acme-minor"], "incompatible", "1.999", "pip install")
+    assert_refused(found["acme-major"], "incompatible", "(2, 0)", "(1, 0)", "pip install")
+    assert_refused(found["acme-minor"], "incompatible", "(1, 999)", "pip install", "docs/stability.md")
     assert_refused(found["acme-silent"], "incompatible", "acme_silent", "moe_core_api")
     for distribution in ("acme-good", "zeta-good"):
         record = found[distribution]
@@ -162,7 +162,7 @@ def test_module_registered_in_process_is_listed(install, listing, tmp_path):
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (TOO_NEW, ("notebook_backend", "2.0", "pip install")),
+        (TOO_NEW, ("notebook_backend", "(2, 0)", "pip install")),
         (MISSPELT, ("notebook_backend", "moe_core_register_expert")),
     ],
     ids=["api", "hook"],

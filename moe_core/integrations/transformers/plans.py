@@ -48,8 +48,8 @@ class BridgePlan(Plan):
             shown["layer"]["activation"] = "the module's own"
         return {**shown, "notes": list(self.notes)}
 
-    def explain(self) -> str:
-        return "\n".join([super().explain(), *(f"note: {note}" for note in self.notes)])
+    def choice(self) -> str:
+        return "\n".join([super().choice(), *(f"note: {note}" for note in self.notes)])
 
 
 def with_notes(plan: Plan, *notes: str, own_gate: bool = False) -> Plan:

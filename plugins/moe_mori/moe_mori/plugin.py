@@ -29,6 +29,7 @@ MORI = types.DispatchCapabilities(
     max_ep_size=limits.MAX_RANKS,
     carries_tokens=True,
     output_reduced=True,
+    shared_in_flight=True,
     graph_capturable=True,
     max_topk=limits.MAX_TOPK,
     refuse=limits.refuse,

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from moe_core.interfaces import Candidate
 from moe_core.testing import PrepareFinalizeConformance
 from moe_mori import emulation
 
-ONE_OPERATOR = (
-    "one operator serves all layers of a shape, and its buffers are single: one step at a time over all of them"
-)
-
 
 class TestMori(PrepareFinalizeConformance):
     ranks = 2
-    xfail: ClassVar[Mapping[str, str]] = {
-        "two layers, 2 ranks": ONE_OPERATOR,
-    }
 
     def backend(self) -> Any:
         return Candidate(
