@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import cases, experts
-from moe_core.ops import Fp8ExpertsLauncher, Fp8Format, Fp8Weights, experts_step_torch
+from moe_core.ops import Fp8ExpertsLauncher, Fp8Format, Fp8Weights, compile_only, experts_step_torch
 
 E4M3 = torch.float8_e4m3fn
 SCHEMES = {
@@ -45,26 +45,40 @@ def quantize(w: torch.Tensor, weights: str) -> tuple[torch.Tensor, torch.Tensor]
     return (w / scale).to(E4M3), scale
 
 
-def make_weights(shape: cases.Shape, form: Fp8Format) -> Fp8Weights:
-    """Random experts, made one at a time."""
+def empty_weights(shape: cases.Shape, form: Fp8Format, device: str) -> Fp8Weights:
+    """One layer's tensors, not filled but for static scales."""
     experts, hidden, inner = shape.experts, shape.hidden, shape.intermediate
-    w13 = torch.empty(experts, 2, inner, hidden, dtype=E4M3, device="cuda")
-    w2 = torch.empty(experts, hidden, inner, dtype=E4M3, device="cuda")
-    scales13, scales2 = [], []
-    for expert in range(experts):
-        for half in range(2):
-            w13[expert, half], scale = quantize(torch.randn(inner, hidden, device="cuda") * hidden**-0.5, form.weights)
-            scales13.append(scale)
-        w2[expert], scale = quantize(torch.randn(hidden, inner, device="cuda") * inner**-0.5, form.weights)
-        scales2.append(scale)
-    scale13 = torch.stack(scales13).unflatten(0, (experts, 2))
+    scales = {
+        "block": ((experts, 2, -(-inner // 128), -(-hidden // 128)), (experts, -(-hidden // 128), -(-inner // 128))),
+        "tensor": ((experts, 2, 1, 1), (experts, 1, 1)),
+        "channel": ((experts, 2 * inner, 1), (experts, hidden, 1)),
+    }[form.weights]
     static = form.activations == "static"
     return Fp8Weights(
-        w13.flatten(1, 2), w2, scale13.flatten(1, 2) if form.weights == "channel" else scale13, torch.stack(scales2),
-        form, shape.activation,
-        input13=torch.full((experts, 2), STATIC_SCALE[0], device="cuda") if static else None,
-        input2=torch.full((experts, 1), STATIC_SCALE[1], device="cuda") if static else None,
+        torch.empty(experts, 2 * inner, hidden, dtype=E4M3, device=device),
+        torch.empty(experts, hidden, inner, dtype=E4M3, device=device),
+        torch.empty(scales[0], device=device), torch.empty(scales[1], device=device), form, shape.activation,
+        input13=torch.full((experts, 2), STATIC_SCALE[0], device=device) if static else None,
+        input2=torch.full((experts, 1), STATIC_SCALE[1], device=device) if static else None,
     )  # fmt: skip
+
+
+def make_weights(shape: cases.Shape, form: Fp8Format) -> Fp8Weights:
+    """Random experts, made one at a time."""
+    weights = empty_weights(shape, form, "cuda")
+    hidden, inner = shape.hidden, shape.intermediate
+    w13, scale13 = weights.w13.unflatten(1, (2, inner)), weights.scale13
+    if form.weights == "channel":
+        scale13 = scale13.unflatten(1, (2, inner))
+    for expert in range(shape.experts):
+        for half in range(2):
+            w13[expert, half], scale13[expert, half] = quantize(
+                torch.randn(inner, hidden, device="cuda") * hidden**-0.5, form.weights
+            )
+        weights.w2[expert], weights.scale2[expert] = quantize(
+            torch.randn(hidden, inner, device="cuda") * inner**-0.5, form.weights
+        )
+    return weights
 
 
 def dequantized(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -118,16 +132,27 @@ def pause(tokens: int) -> float:
 
 def prepared(launcher: Fp8ExpertsLauncher, sets: list[cases.Inputs]) -> list[Callable[[], torch.Tensor]]:
     """One call per input set; workspaces are shared, as they are between the layers of a model."""
-    space = {n: torch.empty(s, dtype=d, device="cuda") for n, (s, d) in launcher.workspace(len(sets[0].x)).items()}
+    device = sets[0].x.device
+    space = {n: torch.empty(s, dtype=d, device=device) for n, (s, d) in launcher.workspace(len(sets[0].x)).items()}
     out = [torch.full_like(s.x, float("nan")) for s in sets]
     return [lambda s=s, o=o: launcher(s.x, s.ids, s.weights, space, o) for s, o in zip(sets, out, strict=True)]
 
 
+def compile_step(job: tuple[cases.Shape, str, int, int]) -> None:
+    """Compiles what one step launches: (shape, scheme, T, compute capability as 90). For a process of its own."""
+    shape, scheme, tokens, arch = job
+    with compile_only(arch):
+        launcher = Fp8ExpertsLauncher(
+            empty_weights(shape, SCHEMES[scheme], "meta"), top_k=shape.top_k, dtype=torch.bfloat16
+        )
+        prepared(launcher, [cases.make_inputs(shape, tokens, 0, "meta")])[0]()
+
+
 def measure(
-    shape: cases.Shape, scheme: str, weights: Fp8Weights, tokens: int, copy: float, matmul: float
+    shape: cases.Shape, scheme: str, weights: Fp8Weights, sets: list[cases.Inputs], copy: float, matmul: float
 ) -> dict[str, Any]:
     """One row of the table."""
-    sets = [cases.make_inputs(shape, tokens, 100 * tokens + i, "cuda") for i in range(cases.NUM_INPUT_SETS)]
+    tokens = len(sets[0].x)
     launcher = Fp8ExpertsLauncher(weights, top_k=shape.top_k, dtype=torch.bfloat16)
     rows = sorted({0, tokens // 2, tokens - 1})
     calls = prepared(launcher, sets)
@@ -143,11 +168,28 @@ def measure(
     return row
 
 
-def bf16_us(shape: cases.Shape, weights: cases.Weights, tokens: int) -> float:
+def bf16_us(shape: cases.Shape, weights: cases.Weights, sets: list[cases.Inputs]) -> float:
     """Time of our own experts with 16-bit weights."""
-    sets = [cases.make_inputs(shape, tokens, 100 * tokens + i, "cuda") for i in range(cases.NUM_INPUT_SETS)]
+    tokens = len(sets[0].x)
     prepare, _ = experts.our_step(shape, weights)
     return cases.step_us([prepare(s) for s in sets], tokens, pause=pause(tokens))
+
+
+def compile_all(names: list[str], schemes: list[str], tokens: list[int], bf16: bool) -> None:
+    """Compiles in processes beside one another, then nothing waits for a compiler."""
+    major, minor = torch.cuda.get_device_capability()
+    steps = [(cases.SHAPES[name], t) for name in names for t in tokens]
+    cases.compile_ahead(
+        compile_step,
+        [(shape, scheme, t, 10 * major + minor) for shape, t in steps for scheme in schemes if takes(shape, scheme)],
+    )
+    if bf16:
+        experts.compile_steps(steps)
+
+
+def takes(shape: cases.Shape, scheme: str) -> bool:
+    """This benchmark makes whole blocks only."""
+    return scheme != "block" or (shape.hidden % 128 == 0 and shape.intermediate % 128 == 0)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -168,25 +210,29 @@ def main() -> None:
     parser.add_argument("--json", default="")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    names, schemes = arguments.shapes.split(","), arguments.schemes.split(",")
+    tokens = [int(t) for t in arguments.tokens.split(",")]
+    compile_all(names, schemes, tokens, not arguments.without_bf16)
     copy, bf16 = cases.ceilings()
     fp8 = fp8_matmul_rate()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {copy / 1e12:.2f} TB/s, "
           f"bf16 matmul {bf16 / 1e12:.0f} TFLOP/s, fp8 matmul {fp8 / 1e12:.0f} TFLOP/s", flush=True)  # fmt: skip
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy": copy,
                               "bf16_matmul": bf16, "fp8_matmul": fp8, "steps": []}  # fmt: skip
-    tokens = [int(t) for t in arguments.tokens.split(",")]
-    for name in arguments.shapes.split(","):
+    for name in names:
         shape, beside = cases.SHAPES[name], {}
+        sets = {t: [cases.make_inputs(shape, t, 100 * t + i, "cuda") for i in range(cases.NUM_INPUT_SETS)]
+                for t in tokens}  # fmt: skip
         if not arguments.without_bf16:
             plain = cases.make_weights(shape, "cuda")
-            beside = {t: bf16_us(shape, plain, t) for t in tokens}
+            beside = {t: bf16_us(shape, plain, sets[t]) for t in tokens}
             del plain
-        for scheme in arguments.schemes.split(","):
-            if scheme == "block" and (shape.hidden % 128 or shape.intermediate % 128):
-                continue  # this benchmark makes whole blocks only
+        for scheme in schemes:
+            if not takes(shape, scheme):
+                continue
             weights = make_weights(shape, SCHEMES[scheme])
             for t in tokens:
-                row = measure(shape, scheme, weights, t, copy, bf16 if scheme == "weight_only" else fp8)
+                row = measure(shape, scheme, weights, sets[t], copy, bf16 if scheme == "weight_only" else fp8)
                 if t in beside:
                     row["bf16_us"] = beside[t]
                 report["steps"].append(row)

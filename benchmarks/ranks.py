@@ -1,8 +1,10 @@
 """Dispatch between GPUs of one host: held to one rank's numbers first, then timed, every backend in one run.
 
-    torchrun --standalone --nproc-per-node 4 -m benchmarks.ranks [--json ranks.json]
+    torchrun --standalone --nproc-per-node 4 -m benchmarks.ranks [--only checks] [--json ranks.json]
 
-Shape letters: T tokens on this rank · H hidden · I intermediate · E experts · K top-k.
+On 4 GPUs the checks are made over all of them, and over two groups of 2.
+
+Shape letters: T tokens on this rank · H hidden · I intermediate · E experts · K top-k · M the largest T of any rank.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import argparse
 import itertools
 import json
 import os
-import random
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -22,61 +23,79 @@ import torch.distributed as dist
 
 import moe_core
 from benchmarks.cases import capture, event_us, relative_error
+from benchmarks.rank_checks import ERROR, check
 from moe_core.group import TorchGroup
 from moe_core.plugins import registry
 
-SCHEMES = ("unquantized", "fp8_block", "nvfp4")
-SMALL = {"num_experts": 32, "top_k": 4, "hidden_size": 2048, "intermediate_size": 256, "max_tokens_per_rank": 32}
 LARGE = {"num_experts": 256, "top_k": 8, "hidden_size": 7168, "intermediate_size": 2048, "max_tokens_per_rank": 128}
-TOKENS = {"equal": (16, 16, 16, 16), "unequal": (3, 32, 1, 7), "none on a rank": (5, 0, 9, 0)}
 TIMED = (1, 8, 64, 128)
-OVERLAPPED = (128, 1024)
+SIZED = (256, 512, 1024)  # steps whose buffers are of just their size
+OVERLAPPED = (128, 1024, 4096)
 PAIRS = 10  # of dispatch and combine in one graph
-ERROR = 0.006  # relative Frobenius, against one rank: partial sums are rounded to bf16
 
 
 class Ranks:
-    """This rank, its group, and what it says."""
+    """This rank, a group that it is in, and what it says.
 
-    def __init__(self) -> None:
+    Args:
+        group: None: all ranks that torchrun has started.
+    """
+
+    def __init__(self, group: TorchGroup | None = None) -> None:
+        self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl", timeout=timedelta(seconds=60), device_id=self.device)
-        else:
-            self.device = torch.device("cpu")
-            dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-        self.group = TorchGroup(timeout_s=60)
-        self.rank, self.size = self.group.rank, self.group.size
+        if group is None:
+            backend, known = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
+            dist.init_process_group(backend, timeout=timedelta(seconds=60), device_id=known)
+            group = TorchGroup(timeout_s=60)
+        self.group = group
+        self.rank, self.size = group.rank, group.size
+
+    def parts(self) -> list[Ranks]:
+        """The groups that this rank is in, of 2 ranks, of 4 and so on up to all."""
+        found, size = [], 2
+        while size < self.size:
+            groups = [dist.new_group(range(first, first + size)) for first in range(0, self.size, size)]
+            found.append(Ranks(TorchGroup(groups[self.rank // size], timeout_s=60)))
+            size *= 2
+        return [*found, self]
 
     def say(self, text: str) -> None:
-        if self.rank == 0:
+        if dist.get_rank() == 0:
             print(text, flush=True)
 
     def worst(self, value: float) -> float:
-        """The largest of all ranks' values; NaN counts as larger than any."""
+        """The largest of all processes' values; NaN counts as larger than any."""
         told = torch.tensor([float("inf") if value != value else value], device=self.device, dtype=torch.float64)
         dist.all_reduce(told, op=dist.ReduceOp.MAX)
         return told.item()
 
     def layer(
-        self, sizes: dict[str, int], dispatch: str | None, scheme: str, *, runner: str = "default",
-        shared: torch.nn.Module | None = None, **options: Any,
+        self, sizes: dict[str, int], dispatch: str | None, scheme: str, *, experts: str | None = None,
+        runner: str = "default", shared: torch.nn.Module | None = None, alone: bool = False, **options: Any,
     ) -> Any:  # fmt: skip
-        """A layer over all ranks (`dispatch`), or whole on each of them (None), with the same random weights."""
+        """A layer over the group's ranks, with random weights, the same however they are split.
+
+        Args:
+            alone: the whole layer on this rank.
+            options: more fields of `MoEConfig`.
+        """
         config = moe_core.MoEConfig(**(sizes | options), has_shared_experts=shared is not None, dtype=torch.bfloat16)
-        arguments: dict[str, Any] = {
-            "scheme": scheme,
-            "device": self.device,
-            "runner": runner,
-            "shared_experts": shared,
-        }
-        if dispatch is not None:
-            parallel = moe_core.MoEParallelConfig.fold(dp_size=self.size, dp_rank=self.rank, expert_parallel=True)
-            arguments |= {"parallel": parallel, "group": self.group, "dispatch": dispatch}
-        layer = moe_core.build_runner(config, **arguments)
+        parallel = moe_core.MoEParallelConfig.fold(dp_size=self.size, dp_rank=self.rank, expert_parallel=True)
+        layer = moe_core.build_runner(
+            config, parallel=None if alone else parallel, group=None if alone else self.group, scheme=scheme,
+            device=self.device, dispatch=dispatch, experts=experts, runner=runner, shared_experts=shared,
+        )  # fmt: skip
         fill(layer)
         return layer
+
+    def inputs(self, sizes: dict[str, int], tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states `[T, H]` and logits `[T, E]`, this process's own."""
+        generator = torch.Generator(self.device).manual_seed(1000 * seed + dist.get_rank())
+        x = torch.randn(tokens, sizes["hidden_size"], generator=generator, device=self.device).bfloat16()
+        return x, torch.randn(tokens, sizes["num_experts"], generator=generator, device=self.device)
 
 
 def fill(layer: Any) -> None:
@@ -96,75 +115,13 @@ def served_by(layer: Any) -> str:
     return "+".join(each.candidate.name for each in layer.plan.ranges)
 
 
-def inputs(ranks: Ranks, sizes: dict[str, int], tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator(ranks.device).manual_seed(1000 * seed + ranks.rank)
-    x = torch.randn(tokens, sizes["hidden_size"], generator=generator, device=ranks.device).bfloat16()
-    return x, torch.randn(tokens, sizes["num_experts"], generator=generator, device=ranks.device)
-
-
-def error_of(layer: Any, single: Any, x: torch.Tensor, logits: torch.Tensor) -> float:
-    out = layer(x, router_logits=logits)
-    return relative_error(out, single(x, router_logits=logits)) if x.shape[0] else 0.0
-
-
-def check(ranks: Ranks, dispatches: list[str], schemes: list[str], steps: int, soak: int) -> list[str]:
-    """Every dispatch × scheme × token counts, then random steps, then a soak; returns the dispatches that are right."""
-    right = []
-    for dispatch in dispatches:
-        fine, ran = True, []
-        for scheme in schemes:
-            try:
-                layer = ranks.layer(SMALL, dispatch, scheme)
-            except moe_core.UnsupportedError as error:
-                ranks.say(f"{dispatch:12} {scheme:12} refused: {str(error).splitlines()[0]}")
-                continue
-            single = ranks.layer(SMALL, None, scheme)
-            errors = {}
-            for name, counts in TOKENS.items():
-                x, logits = inputs(ranks, SMALL, counts[ranks.rank % 4], 1)
-                errors[name] = ranks.worst(error_of(layer, single, x, logits))
-            ran.append((scheme, layer, single))
-            fine &= max(errors.values()) <= ERROR
-            shown = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
-            ranks.say(f"{dispatch:12} {scheme:12} {served_by(layer):14} {shown}")
-        if not ran:
-            continue
-        _, layer, single = ran[0]
-        choose, most = random.Random(ranks.rank), 0.0
-        for step in range(steps):
-            x, logits = inputs(ranks, SMALL, choose.randint(0, SMALL["max_tokens_per_rank"]), step)
-            most = max(most, error_of(layer, single, x, logits))
-        most = ranks.worst(most)
-        ranks.say(f"{dispatch:12} {steps} random steps, 0 to {SMALL['max_tokens_per_rank']} tokens: {most:.4f}")
-        if soak and ranks.device.type == "cuda":
-            grown = ranks.worst(float(soak_bytes(ranks, layer, soak)))
-            ranks.say(f"{dispatch:12} {soak} steps of soak: memory grew by {grown:.0f} bytes")
-            most = float("inf") if grown else most
-        if fine and most <= ERROR:
-            right.append(dispatch)
-        else:
-            ranks.say(f"{dispatch:12} WRONG: not timed")
-    return right
-
-
-def soak_bytes(ranks: Ranks, layer: Any, steps: int) -> int:
-    """How many bytes of device memory `steps` steps of changing sizes leave behind."""
-    choose = random.Random(7 + ranks.rank)
-    sets = [inputs(ranks, SMALL, tokens, tokens) for tokens in range(SMALL["max_tokens_per_rank"] + 1)]
-    before = 0
-    for step in range(steps):
-        layer(*choose.choice(sets))
-        if step == 100:  # by then everything that is made on first use is there
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-    torch.cuda.synchronize()
-    layer.check()
-    return torch.cuda.memory_allocated() - before
-
-
 def pair_us(ranks: Ranks, layer: Any, tokens: int) -> float:
     """Dispatch and combine alone, experts left out: a graph of `PAIRS` pairs, slowest rank."""
-    x, logits = inputs(ranks, LARGE, tokens, 3)
+    return replay_us(ranks, [pair_of(ranks, layer, tokens)] * PAIRS)
+
+
+def pair_of(ranks: Ranks, layer: Any, tokens: int) -> Callable[[], None]:
+    x, logits = ranks.inputs(LARGE, tokens, 3)
     scores, ids = logits.softmax(dim=1).topk(LARGE["top_k"], dim=1)
     kernel = layer.kernel
     made: dict[str, torch.Tensor] = {}
@@ -176,7 +133,31 @@ def pair_us(ranks: Ranks, layer: Any, tokens: int) -> float:
             made["out"] = torch.randn(shape, device=x.device, dtype=torch.bfloat16)
         kernel.combine(flight, made["out"])()
 
-    return replay_us(ranks, [pair] * PAIRS)
+    return pair
+
+
+def bare_us(ranks: Ranks, layer: Any) -> float | None:
+    """The collectives of such a pair alone, with the same bytes; None where a dispatch goes by other ways."""
+    group, entered = ranks.group, list[Callable[[], object]]()
+
+    def noted(name: str) -> Callable[..., Any]:
+        collective = getattr(group, name)
+
+        def enter(tensor: torch.Tensor, *sizes: Any) -> Any:
+            rows = torch.empty_like(tensor).view(torch.uint8).random_().view(tensor.dtype)
+            entered.append(lambda: collective(rows, *sizes)())
+            return collective(tensor, *sizes)
+
+        return enter
+
+    for name in ("all_gather_start", "reduce_scatter_start", "all_to_all_start"):
+        setattr(group, name, noted(name))
+    try:
+        pair_of(ranks, layer, 1)()
+    finally:
+        for name in ("all_gather_start", "reduce_scatter_start", "all_to_all_start"):
+            delattr(group, name)
+    return replay_us(ranks, entered * PAIRS) * len(entered) if entered else None
 
 
 def replay_us(ranks: Ranks, calls: list[Callable[[], object]]) -> float:
@@ -190,12 +171,12 @@ def replay_us(ranks: Ranks, calls: list[Callable[[], object]]) -> float:
 
 def step_us(ranks: Ranks, layer: Any, tokens: int) -> float:
     """A whole step of the layer, by graph, over four sets of inputs."""
-    sets = [inputs(ranks, LARGE, tokens, seed) for seed in range(4)]
+    sets = [ranks.inputs(LARGE, tokens, seed) for seed in range(4)]
     return replay_us(ranks, [lambda x=x, logits=logits: layer(x, router_logits=logits) for x, logits in sets])
 
 
 def timings(ranks: Ranks, dispatches: list[str]) -> list[dict[str, Any]]:
-    """Pair and step of each dispatch, in microseconds."""
+    """Pair, its bare collectives, and step of each dispatch, in microseconds."""
     rows = []
     for scheme, dispatch in itertools.product(("unquantized", "fp8_block"), dispatches):
         try:
@@ -204,15 +185,32 @@ def timings(ranks: Ranks, dispatches: list[str]) -> list[dict[str, Any]]:
             ranks.say(f"{dispatch:12} {scheme:12} refused: {str(error).splitlines()[0]}")
             continue
         row: dict[str, Any] = {"dispatch": dispatch, "scheme": scheme, "experts": served_by(layer)}
+        row["bare_us"] = bare_us(ranks, layer)
         row["pair_us"] = {tokens: pair_us(ranks, layer, tokens) for tokens in TIMED}
         row["step_us"] = {tokens: step_us(ranks, layer, tokens) for tokens in TIMED}
         rows.append(row)
         for what in ("pair_us", "step_us"):
             times = " ".join(f"{row[what][tokens]:9.1f}" for tokens in TIMED)
             ranks.say(f"{dispatch:12} {scheme:12} {row['experts']:14} {what:8} {times}")
+        if row["bare_us"] is not None:
+            ranks.say(f"{dispatch:12} {scheme:12} {'':14} the pair's collectives alone {row['bare_us']:9.1f}")
         del layer
-        torch.cuda.empty_cache()
+        row["sized_us"] = {tokens: sized_us(ranks, dispatch, scheme, tokens) for tokens in SIZED}
+        shown = ", ".join(
+            f"{tokens}: {us:.1f}" if us else f"{tokens}: refused" for tokens, us in row["sized_us"].items()
+        )
+        ranks.say(f"{dispatch:12} {scheme:12} step_us where that many tokens are the most: {shown}")
     return rows
+
+
+def sized_us(ranks: Ranks, dispatch: str, scheme: str, tokens: int) -> float | None:
+    """A step of T = M; None: refused."""
+    torch.cuda.empty_cache()
+    try:
+        layer = ranks.layer(LARGE | {"max_tokens_per_rank": tokens}, dispatch, scheme, cuda_graph=True)
+    except moe_core.UnsupportedError:
+        return None
+    return step_us(ranks, layer, tokens)
 
 
 class SharedExpert(torch.nn.Module):
@@ -239,6 +237,7 @@ def overlaps(ranks: Ranks, dispatches: list[str]) -> list[dict[str, Any]]:
     variants = {
         "shared before": ("default", order.SEQUENTIAL),
         "shared inside": ("default", order.INTERNAL),
+        "shared beside": ("default", order.MULTI_STREAM),
         "two batches": ("two_batch", order.INTERNAL),
     }
     rows: list[dict[str, Any]] = []
@@ -246,13 +245,13 @@ def overlaps(ranks: Ranks, dispatches: list[str]) -> list[dict[str, Any]]:
         sizes = LARGE | {"max_tokens_per_rank": tokens}
         shared = SharedExpert(sizes["hidden_size"], sizes["intermediate_size"], ranks.device)
         row: dict[str, Any] = {"dispatch": dispatch, "tokens": tokens}
-        x, logits = inputs(ranks, sizes, tokens, 5)
+        x, logits = ranks.inputs(sizes, tokens, 5)
         wanted = None
         for name, (runner, when) in variants.items():
             try:
                 layer = ranks.layer(
-                    sizes, dispatch, "unquantized", runner=runner, shared=shared, shared_experts_order=when,
-                    cuda_graph=True,
+                    sizes, dispatch, "unquantized", runner=runner, shared=shared,
+                    cuda_graph=True, shared_experts_order=when,
                 )  # fmt: skip
             except moe_core.UnsupportedError as error:
                 ranks.say(f"{dispatch:12} {tokens:5} {name:14} refused: {str(error).splitlines()[0]}")
@@ -274,29 +273,28 @@ def main() -> None:
     parser.add_argument(
         "--dispatch", help="only these, separated by commas; default: all that carry tokens and run here"
     )
-    parser.add_argument("--schemes", default=",".join(SCHEMES), help="checked ones (default: %(default)s)")
+    parser.add_argument("--schemes", help="checked ones, separated by commas; default: all that are installed")
     parser.add_argument("--steps", type=int, default=1000, help="random steps, each compared (default: 1000)")
     parser.add_argument("--soak", type=int, default=10_000, help="steps of soak (default: 10000)")
+    parser.add_argument("--only", choices=("checks", "times", "overlaps"), help="one part of it; default: all")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
-    ranks = Ranks()
-    found = registry().dispatch
-    usable = [name for name, each in found.items() if each.capabilities.carries_tokens and each.probe().ok]
-    dispatches = options.dispatch.split(",") if options.dispatch else usable
+    ranks, found = Ranks(), registry()
+    usable = [name for name, each in found.dispatch.items() if each.capabilities.carries_tokens and each.probe().ok]
+    right = options.dispatch.split(",") if options.dispatch else usable
+    schemes = options.schemes.split(",") if options.schemes else list(found.quant_methods)
     where = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "processes on the CPU"
     ranks.say(f"{ranks.size} × {where}, torch {torch.__version__}; relative error against one rank")
-    right = check(ranks, dispatches, options.schemes.split(","), options.steps, options.soak)
-    if ranks.device.type == "cpu":
-        dist.destroy_process_group()
-        return
-    ranks.say(
-        f"\nmicroseconds at T = {', '.join(map(str, TIMED))} tokens a rank, H 7168, I 2048, E 256, K 8, CUDA graph"
-    )
-    rows = timings(ranks, right)
-    ranks.say("\nmicroseconds a step with a shared expert, by tokens a rank: what hides behind the wire")
-    overlapped = overlaps(ranks, right)
+    written: dict[str, Any] = {"ranks": ranks.size}
+    if options.only in (None, "checks"):
+        right = written["right"] = check(ranks, right, schemes, options.steps, options.soak)
+    if ranks.device.type == "cuda" and options.only in (None, "times"):
+        ranks.say(f"\nmicroseconds at T = {', '.join(map(str, TIMED))} tokens a rank, {LARGE}, CUDA graph")
+        written["rows"] = timings(ranks, right)
+    if ranks.device.type == "cuda" and options.only in (None, "overlaps"):
+        ranks.say("\nmicroseconds a step with a shared expert, by tokens a rank: what hides behind the wire")
+        written["overlaps"] = overlaps(ranks, right)
     if options.json and ranks.rank == 0:
-        written = {"ranks": ranks.size, "rows": rows, "overlaps": overlapped}
         options.json.write_text(json.dumps(written, indent=2))
     ranks.group.barrier()
     dist.destroy_process_group()

@@ -21,18 +21,20 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 _REPORT_TIMEOUT_S = 2.0
 """After a failure, how long the other ranks are given to report theirs, so that the silent one can be named."""
+_POLL_S = 0.0005
 
 
 class TorchGroup:
-    """A `Group` (see `interfaces.py`) over `torch.distributed`.
+    """A `moe_core.Group` over `torch.distributed`.
 
     A collective that fails raises `CollectiveError` with this rank and the collective's name: on gloo within the
-    process group's timeout. NCCL reports on its own, by its watchdog, since its collectives end after the call.
+    process group's timeout. NCCL's collectives end after the call: torch's watchdog reports after the process
+    group's timeout, but not where a graph replays them; `await_device`, which a layer's `check` calls, tells of both.
 
     Args:
         torch_group: the process group; None: the default group, which must be initialised.
-        timeout_s: how long a rank that has not built a layer yet is waited for, when plans are compared. Collectives
-            have the process group's own timeout.
+        timeout_s: how long a rank that has not built a layer yet is waited for, when plans are compared, and the
+            device in `await_device`. Collectives have the process group's own timeout.
     """
 
     def __init__(self, torch_group: dist.ProcessGroup | None = None, *, timeout_s: float = 300.0) -> None:
@@ -86,6 +88,27 @@ class TorchGroup:
     def barrier(self) -> None:
         with self._named("barrier"):
             dist.barrier(group=self._group)
+
+    def await_device(self, stage: str) -> None:
+        """Wait, at most `timeout_s`, for what the current CUDA stream was given, graph replays included.
+
+        A collective of NCCL whose partner is missing does not end, and in a graph no watchdog of torch's sees it.
+
+        Raises:
+            CollectiveError: it is not done; the stage is named, and the ranks that did not come here to say the same.
+        """
+        if not torch.cuda.is_initialized():
+            return
+        done, deadline = torch.cuda.Event(), time.monotonic() + self.timeout_s
+        done.record()
+        while not done.query():
+            if time.monotonic() > deadline:
+                raise CollectiveError(
+                    f"{stage}: rank {self.rank} of {self.size}: the device is not done within {self.timeout_s} s; "
+                    f"another rank died, or is late ({self._suspects()}): look at the other ranks' output, and start "
+                    "all of them again"
+                )
+            time.sleep(_POLL_S)
 
     def _all_gather(self, tensor: torch.Tensor, sizes: list[int] | None, run: _Run) -> Finish:
         sizes = sizes or [tensor.shape[0]] * self.size

@@ -22,12 +22,13 @@ from moe_core.agreement import check_agreement
 from moe_core.answers import footprint_of
 from moe_core.errors import CollectiveError, MoEError
 from moe_core.expert_map import ExpertMapManager
-from moe_core.interfaces import Experts, Group
+from moe_core.interfaces import Candidate, Experts, Group
 from moe_core.select import Plan
 from moe_core.types import (
     ActivationFormat,
     Dispatched,
     ExpertPlacement,
+    ExpertsCapabilities,
     ExpertWeights,
     Routing,
     SharedExpertsOrder,
@@ -211,7 +212,7 @@ class MoEKernel:
                 returned: Any = self.experts[index].apply(dispatched, weights, workspaces, expert_out)
                 if returned is not None and self.plan.config.debug:
                     raise MoEError(
-                        f"experts {self.plan.ranges[index].candidate.label}: apply returned a "
+                        f"{forms.who('experts', self.plan.ranges[index].candidate)}: apply returned a "
                         f"{type(returned).__name__}; expected None, and the result in out (Experts.apply, docs/api.md)"
                     )
             return expert_out
@@ -300,8 +301,8 @@ class MoEKernel:
         if key not in self._carvings:
             if len(self._carvings) >= _MAX_CARVINGS:
                 self._carvings.clear()
-            who = f"experts {self.plan.ranges[index].candidate.label}"
-            shapes = forms.workspace_shapes(who, self.experts[index], rows, self.plan.activation_format)
+            candidate = self.plan.ranges[index].candidate
+            shapes = forms.workspace_shapes(candidate, self.experts[index], rows, self.plan.activation_format)
             self._carvings[key] = _Carving.of(shapes)
         return self._carvings[key]
 
@@ -330,8 +331,7 @@ class MoEKernel:
         """Debug mode: hold a backend to the contract of `Dispatched`."""
         misfit = forms.misfit(self.plan, dispatched, self.expert_map.num_local_experts)
         if misfit is not None:
-            dispatch = self.plan.dispatch
-            raise MoEError(f"dispatch {dispatch.name!r} ({dispatch.plugin}): {misfit.text}")
+            raise MoEError(f"{forms.who('dispatch', self.plan.dispatch)}: {misfit.text}")
 
 
 def row_bound(plan: Plan, tokens: int) -> int | None:
@@ -343,14 +343,18 @@ def row_bound(plan: Plan, tokens: int) -> int | None:
     return tokens if stays else None
 
 
-def workspace_bytes(experts: Experts, rows: int, activation_format: ActivationFormat) -> int:
-    """The workspaces of a step at a row bound, in bytes: exactly what a kernel allocates for these experts."""
-    return _Carving.of(forms.workspace_shapes(type(experts).__name__, experts, rows, activation_format)).total
+def workspace_bytes(
+    candidate: Candidate[ExpertsCapabilities], experts: Experts, rows: int, activation_format: ActivationFormat
+) -> int:
+    """The workspaces of a step at a row bound, in bytes: exactly what a kernel allocates for a candidate's experts."""
+    return _Carving.of(forms.workspace_shapes(candidate, experts, rows, activation_format)).total
 
 
-def workspace_bytes_by_name(experts: Experts, rows: int, activation_format: ActivationFormat) -> dict[str, int]:
+def workspace_bytes_by_name(
+    candidate: Candidate[ExpertsCapabilities], experts: Experts, rows: int, activation_format: ActivationFormat
+) -> dict[str, int]:
     """The same, workspace by workspace, each with what aligns the next one."""
-    shapes = forms.workspace_shapes(type(experts).__name__, experts, rows, activation_format)
+    shapes = forms.workspace_shapes(candidate, experts, rows, activation_format)
     return {name: _Carving.of({name: shape}).total for name, shape in shapes.items()}
 
 

@@ -131,6 +131,14 @@ class AllGatherPrepareAndFinalize(PrepareAndFinalize):
         if isinstance(handle, _Handle):
             handle.consumed = True
 
+    def check(self) -> None:
+        """Wait for the steps under way: on NCCL they have no timeout, at least not in a graph.
+
+        Raises:
+            CollectiveError: they are not done within the group's timeout.
+        """
+        self.group.await_device("prepare or finalize of all_gather")
+
     def _sizes(self, hidden_states: torch.Tensor) -> list[int]:
         """How many rows each rank sends."""
         tokens = hidden_states.shape[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
@@ -176,3 +177,27 @@ def test_no_thread_is_left():
     before = threading.active_count()
     run_on_ranks(4, everything)
     assert threading.active_count() == before
+
+
+def test_bytes_from_other_ranks_are_counted():
+    """Of float32 rows of 4: what came from the others, in subgroups too, and nothing that an emulation moves."""
+
+    def work(group):
+        rows = torch.ones(4, 4)
+        counts = [group.received_bytes]
+        for collective in (
+            lambda: group.all_gather(rows),
+            lambda: group.reduce_scatter(rows),
+            lambda: group.all_to_all(rows, [1] * 4, [1] * 4),
+            lambda: group.all_reduce(rows),
+            lambda: group.subgroup([0, 1] if group.rank < 2 else [2, 3]).all_gather(rows),
+        ):
+            collective()
+            counts.append(group.received_bytes)
+        with group.emulating():
+            group.all_gather(rows)
+        assert group.received_bytes == counts[-1]
+        return [after - before for before, after in itertools.pairwise(counts)]
+
+    whole = 4 * 4 * 4
+    assert run_on_ranks(4, work) == [[3 * whole, 3 * whole // 4, 3 * whole // 4, 2 * whole * 3 // 4, whole]] * 4

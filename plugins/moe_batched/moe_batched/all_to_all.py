@@ -2,20 +2,13 @@
 
 Shape letters: T tokens on this rank · H hidden · E experts, global · E_l local experts · K top-k · W ranks ·
 M the largest T of any rank (`MoEConfig.max_tokens_per_rank`) · R received rows · C = M · W row capacity per local
-expert · D = M · min(K, the largest E_l) rows that a rank can owe another one.
+expert.
 
     prepare    row [t] with all its ids ─► each rank that has one of its experts, once  ─► [E_l, C, H]
     finalize   one raw row per choice   ◄─ weighed and summed where the token lives     ◄─ [E_l, C, H]
 
-The ids travel with the row, so the receiver needs nobody's counts to know what it got, and the sender knows without
-being told in which order the rows of its choices come back: ascending (token, k), per rank. Equal ids in a row make
-one row there and one back; their weights add up at the source.
-
-Rows travel in the model dtype, or quantized row by row where the scheme allows it; results in the model dtype.
-
-Two forms of the same exchange. *Exact*: the ranks tell each other their counts first, which are values on the host, and
-send what there is. *Fixed*: M rows to and D rows from every rank on every step, without asking the device for
-anything. A CPU takes the first, everything else the second.
+Equal ids in a row make one row there and one back; their weights add up at the source. Rows travel in the model dtype,
+or quantized row by row where the scheme allows it; results in the model dtype. `exchange.py` says how many of them.
 """
 
 from __future__ import annotations
@@ -25,7 +18,10 @@ from collections.abc import Callable
 import attrs
 import torch
 
-from moe_batched.prepare_finalize import BatchedHandle, BatchedPrepareAndFinalize, weigh_and_sum
+from moe_batched.exchange import Exact, Exchange, Fixed
+from moe_batched.owners import Owners
+from moe_batched.prepare_finalize import BatchedPrepareAndFinalize
+from moe_batched.rows import weigh_and_sum
 from moe_core.config import MoEConfig, MoEParallelConfig, Problem
 from moe_core.errors import CapacityError, MoEError
 from moe_core.interfaces import Group, PrepareAndFinalize
@@ -39,41 +35,20 @@ class ExchangeHandle:
     """One step between its two all-to-alls.
 
     Attributes:
-        place: int64 `[T, K]`, the row of each choice among those that come back.
-        kept: bool `[T, K]`, the choice has an expert.
-        back: int64 `[rows to send back]`, where in the flattened `[E_l · C, H]` each of them stands.
+        exchange: the form that its first half took.
+        home: int64 `[T, K]`, the row of each choice among those that come back; -1 for none.
+        place: int64 `[R, K]`, where each choice of the received rows stands in the flattened `[E_l · C, H]`, or -1.
         owed: rows to send back to each rank.
         due: rows that come back from each rank.
         consumed: `finalize` or `release` has had it.
     """
 
+    exchange: Exchange
+    home: torch.Tensor
     place: torch.Tensor
-    kept: torch.Tensor
-    back: torch.Tensor
     owed: list[int]
     due: list[int]
     consumed: bool = False
-
-
-@attrs.frozen(eq=False)
-class _Traffic:
-    """How many rows go where in one step. Lists are for the collectives, tensors for the arithmetic on the device.
-
-    Attributes:
-        send, receive: rows of tokens to and from each rank.
-        due, owed: rows of results from and to each rank.
-        send_starts, due_starts, owed_starts: int64 `[W]`, exclusive sums.
-        source: int64 `[R]`, the rank that each received row is from.
-    """
-
-    send: list[int]
-    receive: list[int]
-    due: list[int]
-    owed: list[int]
-    send_starts: torch.Tensor
-    due_starts: torch.Tensor
-    owed_starts: torch.Tensor
-    source: torch.Tensor
 
 
 class AllToAllPrepareAndFinalize(PrepareAndFinalize):
@@ -105,13 +80,13 @@ class AllToAllPrepareAndFinalize(PrepareAndFinalize):
         scheme: QuantScheme = UNQUANTIZED,
     ) -> None:
         self.group = group
-        self.num_experts = num_experts
-        self.placement = placement
         self.max_tokens = max_tokens
         self.exact = exact
         self.scheme = scheme
         self.local = BatchedPrepareAndFinalize(num_local_experts, max_tokens=max_tokens * group.size, scheme=scheme)
-        self._most_owed = most_owed(num_experts, top_k, max_tokens, group.size)
+        owners = Owners(num_experts, group.size, placement)
+        self._exact = Exact(owners, group)
+        self._fixed = Fixed(owners, max_tokens, most_rows(num_experts, top_k, group.size))
 
     def prepare(
         self,
@@ -145,26 +120,24 @@ class AllToAllPrepareAndFinalize(PrepareAndFinalize):
         payload: str,
     ) -> Callable[[], Dispatched]:
         """Start the exchange. Its exact form tells the counts here, before."""
-        tokens, size, top_k = hidden_states.shape[0], self.group.size, routing.topk_ids.shape[1]
+        tokens, hidden = hidden_states.shape
         if tokens > self.max_tokens:
             raise CapacityError(
                 f"dispatch batched, rank {self.group.rank}: T = {tokens} tokens, but max_tokens_per_rank = "
                 f"{self.max_tokens} sized the buffers; raise it in MoEConfig, or pass fewer tokens a step"
             )
         spec = payload_spec(payload, self.scheme, "batched")
-        row = WireRow(hidden_states.shape[1], hidden_states.dtype, top_k, spec, weighted=False)
-        choices = _Choices.of(routing.topk_ids, self.owner(routing.topk_ids), size)
+        row = WireRow(hidden, hidden_states.dtype, routing.topk_ids.shape[1], spec, weighted=False)
         exact = hidden_states.device.type == "cpu" if self.exact is None else self.exact
-        traffic = self._counted(choices) if exact else self._fixed(hidden_states.device)
-        sent = _rows_to_send(row.pack(hidden_states, routing, tokens + 1), choices, traffic)
-        finish = self.group.all_to_all_start(sent, traffic.send, traffic.receive)
+        exchange: Exchange = self._exact if exact else self._fixed
+        sent = exchange.outgoing(row, hidden_states, routing)
+        finish = self.group.all_to_all_start(sent.rows, sent.send, sent.receive)
+        home, owed, due = sent.home, sent.owed, sent.due  # not `sent` in what follows: it would keep the rows
 
         def receive() -> Dispatched:
             rows = row.unpack(finish())
             dispatched = self.local.pack(rows.x, rows.x_scale, rows.topk_ids, expert_map)
-            back = self._back(rows.topk_ids, dispatched.handle, traffic)
-            place = choices.places(traffic.due_starts, 0)
-            return attrs.evolve(dispatched, handle=ExchangeHandle(place, choices.kept, back, traffic.owed, traffic.due))
+            return attrs.evolve(dispatched, handle=ExchangeHandle(exchange, home, dispatched.handle.place, owed, due))
 
         return receive
 
@@ -176,11 +149,11 @@ class AllToAllPrepareAndFinalize(PrepareAndFinalize):
             used = "one that was consumed" if isinstance(handle, ExchangeHandle) else repr(handle)
             raise MoEError(f"dispatch batched: finalize got {used}; it takes the handle of one prepare, exactly once")
         handle.consumed = True
-        rows = expert_out.flatten(0, 1).index_select(0, handle.back)
+        rows = handle.exchange.answer(expert_out.flatten(0, 1), handle.place)
         finish = self.group.all_to_all_start(rows, handle.owed, handle.due)
 
         def receive() -> None:
-            weigh_and_sum(finish(), handle.place, handle.kept, routing.topk_weights, out)
+            weigh_and_sum(finish(), handle.home, routing.topk_weights, out)
 
         return receive
 
@@ -189,122 +162,13 @@ class AllToAllPrepareAndFinalize(PrepareAndFinalize):
         if isinstance(handle, ExchangeHandle):
             handle.consumed = True
 
-    def owner(self, ids: torch.Tensor) -> torch.Tensor:
-        """The rank of each expert, int64 like `ids` `[T, K]`; W where the id is -1.
+    def check(self) -> None:
+        """Wait for the steps under way: on NCCL they have no timeout, at least not in a graph.
 
-        Arithmetic and not a table, so that nothing has to be copied to a device in a first step, which may be a graph
-        capture. It is `ExpertMapManager`'s placement, and a test holds it to that.
+        Raises:
+            CollectiveError: they are not done within the group's timeout.
         """
-        ids, size = ids.long(), self.group.size
-        if self.placement is ExpertPlacement.ROUND_ROBIN:
-            rank = ids % size
-        else:
-            share, remainder = divmod(self.num_experts, size)
-            first_short = remainder * (share + 1)  # from here on ranks hold `share` experts, before it one more
-            rank = torch.where(ids < first_short, ids // (share + 1), remainder + (ids - first_short) // share)
-        return torch.where(ids < 0, size, rank)
-
-    def _fixed(self, device: torch.device) -> _Traffic:
-        """The most that can be, in both directions: the same on every step, known without asking anybody."""
-        size, tokens, rows = self.group.size, self.max_tokens, self._most_owed
-        ranks = torch.arange(size, device=device)
-        return _Traffic(
-            send=[tokens] * size,
-            receive=[tokens] * size,
-            due=[rows] * size,
-            owed=[rows] * size,
-            send_starts=ranks * tokens,
-            due_starts=ranks * rows,
-            owed_starts=ranks * rows,
-            source=torch.arange(size * tokens, device=device) // tokens,
-        )
-
-    def _counted(self, choices: _Choices) -> _Traffic:
-        """What there is. The ranks tell each other, which waits for values on the host."""
-        size = self.group.size
-        mine = torch.stack([choices.wanted.sum(0), choices.rows.sum(0)], dim=1)
-        theirs = self.group.all_to_all(mine, [1] * size, [1] * size)
-        send, due = mine.T.tolist()
-        receive, owed = theirs.T.tolist()
-        return _Traffic(
-            send=send,
-            receive=receive,
-            due=due,
-            owed=owed,
-            send_starts=mine[:, 0].cumsum(0) - mine[:, 0],
-            due_starts=mine[:, 1].cumsum(0) - mine[:, 1],
-            owed_starts=theirs[:, 1].cumsum(0) - theirs[:, 1],
-            source=torch.repeat_interleave(theirs[:, 0]),
-        )
-
-    def _back(self, ids: torch.Tensor, handed: BatchedHandle, traffic: _Traffic) -> torch.Tensor:
-        """int64 `[rows to send back]`: where in `[E_l · C, H]` each stands, in the order in which it was asked for."""
-        size, total = self.group.size, sum(traffic.owed)
-        asked = _Choices.of(ids, torch.where(handed.kept, traffic.source.unsqueeze(1), size), size)
-        # What a slot that nobody asked for sends is never read, so any row will do: row 0.
-        back = torch.zeros(total + 1, dtype=torch.int64, device=ids.device)
-        back.scatter_(0, asked.places(traffic.owed_starts, total).flatten(), handed.place.flatten())
-        return back[:-1]
-
-
-def _rows_to_send(packed: torch.Tensor, choices: _Choices, traffic: _Traffic) -> torch.Tensor:
-    """uint8 `[rows to send, …]`, by rank and ascending by token.
-
-    Args:
-        packed: uint8 `[T + 1, …]`, every row once; the last fills a fixed-size block up.
-    """
-    tokens, size = choices.wanted.shape
-    total = sum(traffic.send)
-    slot = choices.wanted.cumsum(0) - 1 + traffic.send_starts
-    token_of = torch.full((total + 1,), tokens, dtype=torch.int64, device=packed.device)
-    every = torch.arange(tokens, device=packed.device).unsqueeze(1).expand(tokens, size)
-    token_of.scatter_(0, slot.masked_fill(~choices.wanted, total).flatten(), every.flatten())
-    return packed.index_select(0, token_of[:-1])
-
-
-@attrs.frozen(eq=False)
-class _Choices:
-    """Which rank each choice of some rows belongs to, equal ids of a row taken as one.
-
-    Attributes:
-        owner: int64 `[N, K]`, the rank; W for none.
-        first: int64 `[N, K]`, the first k of the row with the same id.
-        rows: bool `[N · K, W]`, the choice is the first of its id, and that rank's.
-    """
-
-    owner: torch.Tensor
-    first: torch.Tensor
-    rows: torch.Tensor
-
-    @classmethod
-    def of(cls, ids: torch.Tensor, owner: torch.Tensor, size: int) -> _Choices:
-        first = (ids.unsqueeze(2) == ids.unsqueeze(1)).to(torch.int8).argmax(dim=2)
-        alone = first == torch.arange(ids.shape[1], device=ids.device)
-        ranks = torch.arange(size, device=ids.device)
-        rows = (owner.masked_fill(~alone, size).unsqueeze(2) == ranks).flatten(0, 1)
-        return cls(owner, first, rows)
-
-    @property
-    def kept(self) -> torch.Tensor:
-        """bool `[N, K]`: the choice belongs to a rank."""
-        return self.owner < self.rows.shape[1]
-
-    @property
-    def wanted(self) -> torch.Tensor:
-        """bool `[N, W]`: the row has a choice of that rank's."""
-        return self.rows.view(*self.owner.shape, self.rows.shape[1]).any(dim=1)
-
-    def places(self, starts: torch.Tensor, nowhere: int) -> torch.Tensor:
-        """int64 `[N, K]`: the place of each choice when rows are grouped by rank and ascend by (row, k) in a group.
-
-        Args:
-            starts: int64 `[W]`, where each rank's group begins.
-            nowhere: stands for choices of no rank.
-        """
-        slot = self.rows.cumsum(0) - 1 + starts
-        rank = self.owner.clamp(max=self.rows.shape[1] - 1)
-        slot = slot.view(*self.owner.shape, self.rows.shape[1]).gather(2, rank.unsqueeze(2)).squeeze(2)
-        return slot.gather(1, self.first).masked_fill(~self.kept, nowhere)
+        self.group.await_device("prepare or finalize of batched")
 
 
 def make(
@@ -332,6 +196,6 @@ def make(
     )
 
 
-def most_owed(num_experts: int, top_k: int, max_tokens: int, ranks: int) -> int:
+def most_rows(num_experts: int, top_k: int, ranks: int) -> int:
     """D: a token makes at most one row for each of a rank's experts, and at most K."""
-    return max_tokens * min(top_k, -(-num_experts // ranks))
+    return min(top_k, -(-num_experts // ranks))

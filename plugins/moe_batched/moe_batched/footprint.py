@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import torch
 
-from moe_batched.all_to_all import most_owed
+from moe_batched.all_to_all import most_rows
 from moe_core.config import Problem
 from moe_core.footprint import payload_row_bytes, quantizing_bytes, share_of_tokens
 from moe_core.types import DispatchFootprint
 from moe_core.wire import WireRow, payload_spec
 
 _INT64, _INT32, _BOOL, _FP32 = (dtype.itemsize for dtype in (torch.int64, torch.int32, torch.bool, torch.float32))
-_PLACE = _INT64 + _BOOL
-"""Bytes of a choice in a handle: its place, and whether it is kept."""
 
 
 def footprint(problem: Problem, payload: str, tokens: int) -> DispatchFootprint:
@@ -27,13 +25,10 @@ def footprint(problem: Problem, payload: str, tokens: int) -> DispatchFootprint:
     config, parallel = problem.config, problem.parallel
     if parallel.ep_size > 1 and not parallel.tokens_are_replicated:
         return _between_ranks(problem, payload, tokens)
-    counting = tokens * (problem.num_local_experts * (_INT32 + _BOOL) + config.top_k * 2 * _INT64)
     capacity = config.max_tokens_per_rank or tokens
-    held = _packed(problem, payload, capacity) + tokens * config.top_k * _PLACE
-    quantized = quantizing_bytes(problem, payload, tokens)
-    return DispatchFootprint(
-        rows=capacity, held_bytes=held, scratch_bytes=max(counting - held, quantized - held, _summing(problem, tokens))
-    )
+    held = _packed(problem, payload, capacity) + tokens * config.top_k * _INT64
+    early = max(_counting(problem, tokens), quantizing_bytes(problem, payload, tokens))
+    return DispatchFootprint(rows=capacity, held_bytes=held, scratch_bytes=max(early - held, _summing(problem, tokens)))
 
 
 def _between_ranks(problem: Problem, payload: str, tokens: int) -> DispatchFootprint:
@@ -43,30 +38,36 @@ def _between_ranks(problem: Problem, payload: str, tokens: int) -> DispatchFootp
     spec = payload_spec(payload, problem.scheme, "batched")
     width = WireRow(config.experts_hidden_size, config.dtype, config.top_k, spec, weighted=False).row_bytes
     result = config.experts_hidden_size * config.dtype.itemsize
-    due = most_owed(config.num_experts, config.top_k, most, ranks)
-    sent, owed, told = ranks * most, ranks * due, 0  # rows that travel to this rank, back from it (and home to it)
-    returned, from_others = sent * due // most, (ranks - 1) * due
+    # rows that travel to this rank, back from it, and home to it; and how many of the last are of other ranks
+    sent, told = ranks * most, 0
+    owed = returned = sent * most_rows(config.num_experts, config.top_k, ranks)
+    from_others = returned * (ranks - 1) // ranks
     if problem.device.type == "cpu":
         own, told = problem.num_local_experts / config.num_experts, 2 * _INT64
         sent = round(ranks * tokens * share_of_tokens(problem))
         owed, returned = round(ranks * tokens * config.top_k * own), tokens * config.top_k
         from_others = round(returned * (1 - own))
-    held = _packed(problem, payload, ranks * most) + tokens * config.top_k * _PLACE + owed * _INT64
-    # who asked for which row: a bool and two int64 per choice and rank, and its place, owner and first of its kind
-    tracing = sent * config.top_k * (ranks * (_BOOL + 2 * _INT64) + _PLACE + 2 * _INT64)
-    quantized = quantizing_bytes(problem, payload, tokens)
+    held = _packed(problem, payload, ranks * most) + (tokens + sent) * config.top_k * _INT64
     return DispatchFootprint(
         rows=ranks * most,
         dispatch_wire_bytes=(ranks - 1) * (sent * width // ranks + told),
         combine_wire_bytes=from_others * result,
         held_bytes=held,
         scratch_bytes=max(
-            (tokens + 1) * width + quantized - held,  # until the exchange is over, nothing of `held` is there
-            (tokens + 1 + 2 * sent) * width - held,
-            sent * width + tracing,
+            # until the exchange is over, hardly anything of `held` is there
+            (tokens + sent) * width + quantizing_bytes(problem, payload, tokens) - held,
+            2 * sent * width - held,
+            sent * width + _counting(problem, sent),
             returned * result + max(owed * result, _summing(problem, tokens)),
         ),
     )
+
+
+def _counting(problem: Problem, rows: int) -> int:
+    """Beside the places of all choices, what it takes to find them: on a GPU nothing."""
+    if problem.device.type != "cpu":
+        return 0
+    return rows * (problem.num_local_experts * (_INT32 + _BOOL) + problem.config.top_k * 2 * _INT64)
 
 
 def _packed(problem: Problem, payload: str, capacity: int) -> int:
@@ -76,7 +77,11 @@ def _packed(problem: Problem, payload: str, capacity: int) -> int:
 
 
 def _summing(problem: Problem, tokens: int) -> int:
-    """The sum over K: the total, one choice's rows as they came and in fp32, and those of the choice before."""
+    """The sum over K: the total, one choice's rows as they came and in fp32, and those of the choice before. On a GPU
+    one kernel has all that in its registers.
+    """
+    if problem.device.type != "cpu":
+        return 0
     config = problem.config
     row = config.experts_hidden_size * (3 * _FP32 + config.dtype.itemsize)
     return tokens * (row + config.top_k * (_INT64 + _FP32))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import attrs
 import torch
 
+from moe_batched.rows import find_slots, to_slots, weigh_and_sum
 from moe_core.errors import CapacityError, MoEError
 from moe_core.interfaces import PrepareAndFinalize
 from moe_core.quant import UNQUANTIZED, QuantScheme
@@ -21,13 +22,11 @@ class BatchedHandle:
     """Where every choice went.
 
     Attributes:
-        place: int64 `[T, K]`, e · C + slot in the flattened `[E_l · C, H]`; E_l · C where the choice has no row.
-        kept: bool `[T, K]`, the choice has a row.
+        place: int64 `[T, K]`, e · C + slot in the flattened `[E_l · C, H]`; -1 where the choice has no row.
         consumed: `finalize` or `release` has had it.
     """
 
     place: torch.Tensor
-    kept: torch.Tensor
     consumed: bool = False
 
 
@@ -92,21 +91,16 @@ class BatchedPrepareAndFinalize(PrepareAndFinalize):
         """Rows as they are to be delivered, `[T, …]` with their scales `[T, …]`, to `[E_l, C, …]`."""
         tokens = rows.shape[0]
         capacity = self._row_capacity(tokens)
-        ids = topk_ids.long()
-        if expert_map is not None:
-            # As an index, -1 would mean the last expert: it is replaced before the table is read and put back after.
-            ids = torch.where(ids < 0, -1, expert_map[ids.clamp(min=0)].long())
-        position, counts = self._positions(ids)
+        place, counts = find_slots(topk_ids, expert_map, self.num_local_experts, capacity)
         if capacity < tokens:
             self._note_overflow(counts, capacity)
             counts = counts.clamp(max=capacity)
-        kept = (ids >= 0) & (position < capacity)
-        nowhere = self.num_local_experts * capacity
-        place = torch.where(kept, ids * capacity + position, nowhere)
+        x, x_scale = to_slots(rows, scales, place, self.num_local_experts * capacity)
+        in_blocks = (self.num_local_experts, capacity)
         return Dispatched(
-            x=self._pack(rows, place, capacity),
-            x_scale=None if scales is None else self._pack(scales, place, capacity),
-            handle=BatchedHandle(place, kept),
+            x=x.unflatten(0, in_blocks),
+            x_scale=None if x_scale is None else x_scale.unflatten(0, in_blocks),
+            handle=BatchedHandle(place),
             tokens_per_expert=counts,
         )
 
@@ -123,7 +117,7 @@ class BatchedPrepareAndFinalize(PrepareAndFinalize):
             used = "one that was consumed" if isinstance(handle, BatchedHandle) else repr(handle)
             raise MoEError(f"dispatch batched: finalize got {used}; it takes the handle of one prepare, exactly once")
         handle.consumed = True
-        weigh_and_sum(expert_out.flatten(0, 1), handle.place, handle.kept, routing.topk_weights, out)
+        weigh_and_sum(expert_out.flatten(0, 1), handle.place, routing.topk_weights, out)
 
     def release(self, handle: object) -> None:
         """An exception came between `prepare` and `finalize`: no buffer is pooled, so only the handle is closed."""
@@ -153,40 +147,6 @@ class BatchedPrepareAndFinalize(PrepareAndFinalize):
             )
         return self.capacity or self.max_tokens or tokens
 
-    def _positions(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The slot of every choice within its expert, and the rows of each expert.
-
-        Args:
-            ids: int64 `[T, K]`, local, -1 = none.
-
-        Returns:
-            int64 `[T, K]`, 0 .. T - 1, of no meaning where the id is -1; and int32 `[E_l]`, before any capacity.
-        """
-        tokens = ids.shape[0]
-        if not tokens:
-            return ids, torch.zeros(self.num_local_experts, dtype=torch.int32, device=ids.device)
-        # A column more takes the -1, so that none of the others is touched.
-        chosen = torch.zeros(tokens, self.num_local_experts + 1, dtype=torch.bool, device=ids.device)
-        chosen.scatter_(1, torch.where(ids < 0, self.num_local_experts, ids), True)
-        rank = chosen[:, :-1].cumsum(dim=0, dtype=torch.int32)  # tokens up to and with this one that chose the expert
-        return rank.gather(1, ids.clamp(min=0)).long() - 1, rank[-1].clone()  # not a view: it would keep all of `rank`
-
-    def _allocate(self, rows: int, like: torch.Tensor) -> torch.Tensor:
-        """`[rows, …]`, uninitialised, in dtype and width of what is packed: rows of the payload, or their scales."""
-        return torch.empty(rows, like.shape[1], dtype=like.dtype, device=like.device)
-
-    def _pack(self, rows: torch.Tensor, place: torch.Tensor, capacity: int) -> torch.Tensor:
-        """Rows `[T, …]` to `[E_l, C, …]`; what is past the counts is uninitialised.
-
-        The buffer has one row more, which takes what goes nowhere.
-        """
-        nowhere = self.num_local_experts * capacity
-        buffer = self._allocate(nowhere + 1, rows)
-        plain = torch.uint8 if rows.element_size() == 1 else rows.dtype  # fp8 has no index_copy_
-        for k in range(place.shape[1]):  # K writes of [T, H]: one write would need the tokens K times over
-            buffer.view(plain).index_copy_(0, place[:, k], rows.view(plain))
-        return buffer[:nowhere].view(self.num_local_experts, capacity, rows.shape[1])
-
     def _note_overflow(self, counts: torch.Tensor, capacity: int) -> None:
         """Raise where values are on the host, count where they are not. `counts`: int32 `[E_l]`."""
         if counts.device.type == "cpu":
@@ -203,30 +163,3 @@ class BatchedPrepareAndFinalize(PrepareAndFinalize):
         if self.status is None or self.status.device != counts.device:
             self.status = torch.zeros(1, dtype=torch.int32, device=counts.device)
         self.status += (counts - capacity).clamp(min=0).sum(dtype=torch.int32)
-
-
-def weigh_and_sum(
-    rows: torch.Tensor, place: torch.Tensor, kept: torch.Tensor, topk_weights: torch.Tensor, out: torch.Tensor
-) -> None:
-    """Weigh and sum in fp32, in the order of K, and round once.
-
-    Args:
-        rows: `[N, H]`, raw rows of experts; those that no choice points at may hold NaN.
-        place: int64 `[T, K]`, the row of each choice; anything where `kept` is False.
-        kept: bool `[T, K]`, the choice has a row.
-        topk_weights: float32 `[T, K]`; anything where `kept` is False.
-        out: `[T, H]`, written whole; tokens without a row get zeros.
-    """
-    if out.numel() == 0:
-        return
-    if rows.shape[0] == 0:  # nobody here has a row, and there is none to read instead
-        out.zero_()
-        return
-    # A choice without a row reads row 0, and what it reads is replaced: NaN · 0 would be NaN.
-    place = place.masked_fill(~kept, 0)
-    weights = topk_weights.masked_fill(~kept, 0.0)
-    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
-    for k in range(place.shape[1]):
-        term = rows.index_select(0, place[:, k]).float().masked_fill_(~kept[:, k : k + 1], 0.0)
-        total.addcmul_(term, weights[:, k : k + 1])
-    out.copy_(total)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from moe_batched.all_to_all import AllToAllPrepareAndFinalize
+from moe_batched.owners import Owners
 from moe_core.errors import CapacityError, MoEError
 from moe_core.expert_map import ExpertMapManager
 from moe_core.testing import run_on_ranks
@@ -83,18 +84,12 @@ def test_the_bits_are_those_of_one_fp32_sum_in_the_order_of_k(
 @pytest.mark.parametrize("placement", ExpertPlacement)
 def test_the_owner_of_an_expert_is_the_placements(placement: ExpertPlacement) -> None:
     for experts, size in itertools.product((4, 5, 7, 16), (1, 2, 3, 4)):
-
-        def work(group: Any, experts: int = experts) -> list[int]:
-            backend, _ = make(group, placement, True)
-            backend.num_experts = experts
-            owners: list[int] = backend.owner(torch.arange(-1, experts, dtype=torch.int32)).tolist()
-            return owners
-
         wanted = [size] + [0] * experts
         for rank in range(size):
             for expert in ExpertMapManager(experts, size, rank, placement).local_experts:
                 wanted[expert + 1] = rank
-        assert run_on_ranks(size, work)[0] == wanted
+        ids = torch.arange(-1, experts, dtype=torch.int32)
+        assert Owners(experts, size, placement).of(ids).tolist() == wanted
 
 
 def test_what_does_not_fit_and_what_is_used_twice_is_named() -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moe_batched import rows
+from moe_batched.owners import Owners
 from moe_batched.prepare_finalize import BatchedPrepareAndFinalize
 from moe_core import formats
 from moe_core.errors import CapacityError
 from moe_core.quant import QuantScheme, QuantSpec
-from moe_core.types import MODEL_DTYPE_PAYLOAD, Routing
+from moe_core.types import MODEL_DTYPE_PAYLOAD, ExpertPlacement, Routing
+from moe_core.wire import WireRow
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,3 +82,25 @@ def test_rows_are_quantized_to_the_bits_of_formats(group: tuple[int, int]) -> No
         rows = [token for token, ids in enumerate(routing.topk_ids.tolist()) if expert in ids]
         assert torch.equal(d.x[expert, :count].cpu().view(torch.uint8), q[rows].view(torch.uint8))
         assert torch.equal(d.x_scale[expert, :count].cpu(), scale[rows])
+
+
+@pytest.mark.parametrize("placement", ExpertPlacement)
+def test_the_kernels_of_an_exchange_give_the_bits_of_their_twins(placement: ExpertPlacement) -> None:
+    """Blocks for three ranks, as if this rank had got them all: no collective, all the rest of a step."""
+    owners, most_tokens, capacity = Owners(7, 3, placement), 9, 27
+    row = WireRow(1032, torch.bfloat16, 3, None, weighted=False)
+    x, ids = torch.randn(8, 1032).bfloat16(), torch.randint(-1, 7, (8, 3))
+    routing = Routing(ids, 0.5 ** torch.randint(4, (8, 3)))  # exact products: one rounding on both sides
+    results = []
+    for device in ("cpu", "cuda"):
+        here = Routing(ids.to(device), routing.topk_weights.to(device))
+        blocks, home = rows.spread(row, x.to(device), here, owners, most_tokens, 3)
+        arrived = row.unpack(blocks)
+        place, counts = rows.find_slots(arrived.topk_ids, None, 7, capacity)
+        packed, _ = rows.to_slots(arrived.x, None, place, 7 * capacity)
+        back = rows.from_slots(packed * 2, place, 3)
+        out = torch.empty(8, 1032, dtype=torch.bfloat16, device=device)
+        rows.weigh_and_sum(back, home, here.topk_weights, out)
+        results.append([each.cpu() for each in (arrived.topk_ids, home, place, counts, out)])
+    for (name, found), wanted in zip(enumerate(results[1]), results[0], strict=True):
+        assert torch.equal(found, wanted), name

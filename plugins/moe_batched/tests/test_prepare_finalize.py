@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_batched import rows as moves
 from moe_batched.prepare_finalize import BatchedPrepareAndFinalize
 from moe_core.config import ActivationSpec
 from moe_core.errors import CapacityError, MoEError
@@ -28,10 +29,8 @@ KINDS = ("random", "duplicates", "dropped", "one expert", "nobody")
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised memory of the plugin is NaN."""
     torch.manual_seed(0)
-    allocate = BatchedPrepareAndFinalize._allocate
-    monkeypatch.setattr(
-        BatchedPrepareAndFinalize, "_allocate", lambda self, rows, like: allocate(self, rows, like).fill_(NAN)
-    )
+    allocate = moves.allocate
+    monkeypatch.setattr(moves, "allocate", lambda count, like: allocate(count, like).fill_(NAN))
 
 
 def make_step(kind: str, tokens: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Routing]:

@@ -35,6 +35,7 @@ NIXL_EP = types.DispatchCapabilities(
     output_reduced=True,
     split=True,
     max_in_flight=2,
+    shared_in_flight=True,
     overlap_safe=True,
     graph_capturable=True,
     max_tokens_per_rank=limits.MAX_TOKENS,
@@ -52,5 +53,6 @@ def _make(config: Any, parallel: Any, scheme: Any, group: Any, placement: Any) -
 
 @hookimpl
 def moe_core_register_prepare_finalize(register: Callable[..., None]) -> None:
-    # Above `all_gather`: where tokens travel, the choice is by what was measured over NVLink.
-    register("nixl_ep", _make, NIXL_EP, probe, priority=20)
+    # By whole steps on 4 H200: up to M = 128 no slower than `all_gather` (1 % at most; 30 % faster at one token), at
+    # M = 1024 a quarter slower, since every choice travels. In between it was not measured.
+    register("nixl_ep", _make, NIXL_EP, probe, priority=((0, 20), (512, -9)))

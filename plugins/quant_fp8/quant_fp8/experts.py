@@ -82,7 +82,10 @@ class Fp8TritonExperts(Experts):
                 self._launch = Fp8BatchedLauncher(packed, dtype=self._dtype)
             self._bound = weights
         if counts is not None:
-            self._launch(dispatched.x, counts, workspaces, out, dispatched.x_scale)
+            scale = dispatched.x_scale
+            self._launch(
+                _rows_first(dispatched.x), counts, workspaces, out, None if scale is None else _rows_first(scale)
+            )
             return
         ids, router_weights = dispatched.topk_ids, dispatched.topk_weights
         assert ids is not None and router_weights is not None, "STANDARD format comes with ids and weights"
@@ -118,6 +121,13 @@ class Fp8TritonExperts(Experts):
             input13=weights.w13_input_scale if static else None,
             input2=weights.w2_input_scale if static else None,
         )
+
+
+def _rows_first(tensor: torch.Tensor) -> torch.Tensor:
+    """`[E_l, C, …]` with one stride between all rows, as the kernels read it: experts side by side are copied."""
+    experts, capacity, _ = tensor.shape
+    one_stride = experts == 1 or tensor.stride(0) == capacity * tensor.stride(1)
+    return tensor if one_stride else tensor.contiguous()
 
 
 def _shown(config: Any) -> str:
