@@ -246,10 +246,7 @@ def select(
     ]
     winner = next((i for i, report in enumerate(reports) if not report.rejections), None)
     if winner is None:
-        asked = ", ".join(f"{k} {v!r}" for k, v in (("dispatch", dispatch), ("experts", experts)) if v)
-        wanted = f" as asked ({asked})" if asked else ""
-        against = format_summary(reports) if asked else format_table(reports)
-        raise UnsupportedError(f"no pair of backends can run this layer{wanted}:\n{against}", reports)
+        raise _no_pair(reports, dispatch, experts)
     chosen_dispatch, first = pairs[winner]
     payload = _payload(problem, chosen_dispatch, first)
     assert payload is not None, "a pair without a payload must have been rejected"
@@ -276,6 +273,13 @@ def select(
         ),
         tuned=tuned,
     )
+
+
+def _no_pair(reports: Sequence[PairReport], dispatch: str | None, experts: str | None) -> UnsupportedError:
+    asked = ", ".join(f"{k} {v!r}" for k, v in (("dispatch", dispatch), ("experts", experts)) if v)
+    wanted = f" as asked ({asked})" if asked else ""
+    against = format_summary(reports) if asked else format_table(reports)
+    return UnsupportedError(f"no pair of backends can run this layer{wanted}:\n{against}", reports)
 
 
 def _in_order(

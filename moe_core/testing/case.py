@@ -156,7 +156,7 @@ def run_case(case: Case, xfail: Mapping[str, str] | None = None) -> Result:
 
 
 def _where(error: BaseException) -> str:
-    """The author's own innermost line; where none of it is theirs, the core's, but for errors whose text says it all."""
+    """The author's own innermost line, else the core's: but not of an error whose text says it all."""
     frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
     theirs = [frame for frame in frames if not frame.filename.startswith(_NOT_THEIRS)]
     shown = (theirs or ([] if isinstance(error, MoEError) else frames))[-1:]
