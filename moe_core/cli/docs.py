@@ -9,10 +9,6 @@ import click
 
 import moe_core
 
-PACKAGE = Path(moe_core.__file__).parent
-FOLDER = next(folder for folder in (PACKAGE / "docs", PACKAGE.parent / "docs") if folder.is_dir())
-"""In a wheel the pages lie inside the package, in a checkout beside it."""
-
 
 @click.command(short_help="Print a page of the documentation.")
 @click.argument("page", required=False)
@@ -21,7 +17,9 @@ def docs(page: str | None) -> None:
 
     A page that a message names, such as docs/hooks.md, is meant by its name too: moe-core docs hooks.
     """
-    pages = {path.stem: path for path in sorted(FOLDER.glob("*.md")) if path.stem != "index"}
+    package = Path(moe_core.__file__).parent
+    folder = package / "docs" if (package / "docs").is_dir() else package.parent / "docs"  # in a wheel, in a checkout
+    pages = {path.stem: path for path in sorted(folder.glob("*.md")) if path.stem != "index"}
     if page is None:
         for name, path in pages.items():
             click.echo(f"{name:<26}{path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
