@@ -121,6 +121,11 @@ def reference(shape: Shape, weights: Weights, inputs: Inputs, tokens: list[int])
     return torch.cat(rows)
 
 
+def rows_to_check(tokens: int, most: int = 24) -> list[int]:
+    """Evenly spread tokens, the first and the last among them: the reference takes K experts for each."""
+    return [int(row) for row in torch.linspace(0, tokens - 1, min(tokens, most))]
+
+
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative Frobenius error; NaN if anything is not finite."""
     if not torch.isfinite(out).all():

@@ -151,7 +151,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row per implementation."""
     sets = [cases.make_inputs(shape, tokens, 100 * tokens + i, "cuda") for i in range(cases.NUM_INPUT_SETS)]
-    rows = sorted({0, tokens // 2, tokens - 1})
+    rows = cases.rows_to_check(tokens)
     expected = cases.reference(shape, weights, sets[-1], rows)
     floor = cases.floor_us(shape, tokens, cases.distinct_experts(sets), copy, matmul)
     prepare, launcher = our_step(shape, weights)

@@ -6,7 +6,8 @@ Correctness first: against float64 on the weights that `moe_core.formats` reads 
 result prints no time. Floor: the larger of bytes (4-bit weights of the touched experts with their scales, x, out, ids)
 over the copy rate and FLOPs over the bfloat16 matmul rate, both measured in this run. Inputs rotate over 8 sets; T <=
 1024 is timed as a CUDA graph of all sets, larger T eagerly. BATCHED `[E, 1024, H]`: so many rows an expert beside the
-same rows in STANDARD format. T tokens · H hidden · I intermediate · E experts · K top-k.
+same rows in STANDARD format. Kernels are compiled first, in processes beside one another. T tokens · H hidden ·
+I intermediate · E experts · K top-k.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from moe_core.ops import (
     Nvfp4BatchedLauncher,
     Nvfp4ExpertsLauncher,
     Nvfp4Weights,
+    compile_only,
     pack_nvfp4_matrix,
 )
 from moe_core.quant import QuantSpec, ScaleFormat
@@ -34,6 +37,8 @@ from moe_core.types import ExpertWeights, GateUpLayout
 
 TOLERANCE = 0.006
 SPEC = QuantSpec("float4_e2m1", (1, 16), ScaleFormat.E4M3, second_level=True)
+CAPACITY = 1024
+"""C of the BATCHED steps."""
 SHAPES = [name for name, shape in cases.SHAPES.items() if not shape.transposed]
 Prepare = Callable[[cases.Inputs], Callable[[], torch.Tensor]]
 
@@ -64,6 +69,52 @@ def packed(shape: cases.Shape, weights: ExpertWeights) -> tuple[Nvfp4Weights, fl
     return Nvfp4Weights(*tensors.values(), shape.activation), time.perf_counter() - start
 
 
+def empty_weights(shape: cases.Shape) -> Nvfp4Weights:
+    """Shapes and dtypes alone, for the compiler."""
+    e, h, i = shape.experts, shape.hidden, shape.intermediate
+    sizes = {
+        "w13": (2 * i, h // 2, torch.uint8), "w13_scale": (2 * i, h // 16, torch.float8_e4m3fn),
+        "w2": (h, i // 2, torch.uint8), "w2_scale": (h, i // 16, torch.float8_e4m3fn),
+    }  # fmt: skip
+    tensors = {n: torch.empty(e, r, c, dtype=d, device="meta") for n, (r, c, d) in sizes.items()}
+    for name, halves in {"w13_global": 2, "w2_global": 1}.items():
+        tensors[name] = torch.empty(e, halves, dtype=torch.float64, device="meta")
+    return Nvfp4Weights(activation=shape.activation, **tensors)
+
+
+def plain_launcher(shape: cases.Shape, device: str) -> ExpertsLauncher:
+    """Our bfloat16 experts of the same sizes."""
+    weights = cases.make_weights(shape, device)
+    return ExpertsLauncher(weights.w13, weights.w2, top_k=shape.top_k, activation=shape.activation)
+
+
+def compile_step(job: tuple[cases.Shape, str, int, int]) -> None:
+    """Compiles a step of (shape, "nvfp4", "bf16" or "batched", T or C, compute capability as 90)."""
+    shape, what, size, arch = job
+    with compile_only(arch):
+        if what == "batched":
+            launcher = Nvfp4BatchedLauncher(empty_weights(shape))
+            x = torch.empty(shape.experts, size, shape.hidden, dtype=torch.bfloat16, device="meta")
+            counts = torch.empty(shape.experts, dtype=torch.int32, device="meta")
+            launcher(x, counts, space_of(launcher, size, "meta"), torch.empty_like(x))
+            return
+        ours = what == "nvfp4"
+        step = Nvfp4ExpertsLauncher(empty_weights(shape), top_k=shape.top_k) if ours else plain_launcher(shape, "meta")
+        prepared(step)(cases.make_inputs(shape, size, 0, "meta"))()
+
+
+def compile_all(shapes: list[cases.Shape], tokens: list[int], rows: list[int], plain: bool) -> None:
+    """In processes beside one another; the GEMMs of many tokens, which take longest, first."""
+    major, minor = torch.cuda.get_device_capability()
+    jobs: list[tuple[cases.Shape, str, int]] = []
+    for shape in shapes:
+        jobs += [(shape, "batched", CAPACITY)] if rows else []
+        jobs += [(replace(shape, top_k=1), "nvfp4", shape.experts * r) for r in rows]
+        jobs += [(shape, what, t) for t in tokens for what in (("nvfp4", "bf16") if plain else ("nvfp4",))]
+    jobs.sort(key=lambda job: job[1] != "batched" and -job[2])
+    cases.compile_ahead(compile_step, [(*job, 10 * major + minor) for job in jobs])
+
+
 def reference(weights: ExpertWeights, inputs: cases.Inputs, tokens: list[int]) -> torch.Tensor:
     """The step for some tokens in float64."""
     rows = []
@@ -88,7 +139,7 @@ def prepared(launcher: Any) -> Prepare:
     """A factory of calls, one per input set: workspaces and outputs of their own, poisoned."""
 
     def prepare(inputs: cases.Inputs) -> Callable[[], torch.Tensor]:
-        space = space_of(launcher, inputs.ids.shape[0])
+        space = space_of(launcher, inputs.ids.shape[0], inputs.x.device)
         for tensor in space.values():
             if tensor.is_floating_point():
                 tensor.fill_(float("nan"))
@@ -123,11 +174,11 @@ def measure(
     return row
 
 
-def space_of(launcher: Any, size: int) -> dict[str, torch.Tensor]:
-    return {n: torch.empty(s, dtype=d, device="cuda") for n, (s, d) in launcher.workspace(size).items()}
+def space_of(launcher: Any, size: int, device: torch.device | str = "cuda") -> dict[str, torch.Tensor]:
+    return {n: torch.empty(s, dtype=d, device=device) for n, (s, d) in launcher.workspace(size).items()}
 
 
-def batched(shape: cases.Shape, weights: Nvfp4Weights, rows: int, capacity: int = 1024) -> dict[str, Any]:
+def batched(shape: cases.Shape, weights: Nvfp4Weights, rows: int, capacity: int = CAPACITY) -> dict[str, Any]:
     """`[E, C, H]` with `rows` valid rows per expert, the others NaN, against the same rows in the STANDARD format."""
     experts = shape.experts
     x = torch.full((experts, capacity, shape.hidden), float("nan"), dtype=torch.bfloat16, device="cuda")
@@ -171,6 +222,10 @@ def line(row: dict[str, Any]) -> str:
     return text + (f"  host {row['eager_host_us']:.0f} us" if "eager_host_us" in row else "")
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=",".join(SHAPES))
@@ -180,26 +235,26 @@ def main() -> None:
     parser.add_argument("--json", default="")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    shapes = [cases.SHAPES[name] for name in arguments.shapes.split(",")]
+    tokens, rows = _numbers(arguments.tokens), _numbers(arguments.batched)
+    compile_all(shapes, tokens, rows, not arguments.only_ours)
     copy, matmul = cases.ceilings()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {copy / 1e12:.2f} TB/s, "
           f"bf16 matmul {matmul / 1e12:.0f} TFLOP/s", flush=True)  # fmt: skip
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy": copy,
                               "matmul": matmul, "packing_s": {}, "steps": [], "batched": []}  # fmt: skip
-    for name in arguments.shapes.split(","):
-        shape = cases.SHAPES[name]
+    for shape in shapes:
+        name = shape.name
         weights = checkpoint(shape)
         ours, report["packing_s"][name] = packed(shape, weights)
         print(f"{name:>18} packed in {report['packing_s'][name]:.2f} s", flush=True)
-        launcher, plain = Nvfp4ExpertsLauncher(ours, top_k=shape.top_k), None
-        if not arguments.only_ours:
-            bf16 = cases.make_weights(shape, "cuda")
-            plain = ExpertsLauncher(bf16.w13, bf16.w2, top_k=shape.top_k, activation=shape.activation)
-            del bf16
-        for tokens in map(int, filter(None, arguments.tokens.split(","))):
-            report["steps"].append(measure(shape, weights, launcher, plain, tokens, copy, matmul))
+        launcher = Nvfp4ExpertsLauncher(ours, top_k=shape.top_k)
+        plain = None if arguments.only_ours else plain_launcher(shape, "cuda")
+        for t in tokens:
+            report["steps"].append(measure(shape, weights, launcher, plain, t, copy, matmul))
             print(line(report["steps"][-1]), flush=True)
-        for rows in map(int, filter(None, arguments.batched.split(","))):
-            report["batched"].append(batched(shape, ours, rows))
+        for count in rows:
+            report["batched"].append(batched(shape, ours, count))
             print(batched_line(report["batched"][-1]), flush=True)
         del weights, ours, launcher, plain
         torch.cuda.empty_cache()

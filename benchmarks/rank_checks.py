@@ -5,9 +5,10 @@ Shape letters: T tokens on this rank · M the largest T of any rank · W ranks.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,8 @@ from torch.nn import functional
 import moe_core
 from benchmarks.cases import relative_error
 from moe_core.plugins import registry
-from moe_core.types import ActivationFormat
+from moe_core.quant import QuantSpec, ScaleFormat
+from moe_core.types import MODEL_DTYPE_PAYLOAD, ActivationFormat
 from moe_core.watchdog import limited
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ def check(ranks: Ranks, dispatches: list[str], schemes: list[str], steps: int, s
 def product(parts: list[Ranks], dispatches: list[str], schemes: list[str]) -> set[str]:
     """Dispatch × scheme × experts × number of ranks × token counts, whatever fits; returns wrong dispatches."""
     wrong: set[str] = set()
+    singles: dict[tuple[Any, ...], Step] = {}
     ran = refused = 0
     for part, dispatch, scheme, experts in itertools.product(parts, dispatches, schemes, registry().experts):
         try:
@@ -53,11 +56,13 @@ def product(parts: list[Ranks], dispatches: list[str], schemes: list[str]) -> se
             refused += 1
             continue
         with limited(f"rank {part.rank} of {part.size} in {dispatch} with {experts}", LIMIT_S):
-            single = same_kernels(part, layer, scheme, experts)
-            errors = {}
-            for name, counts in TOKENS.items():
-                x, logits = part.inputs(SMALL, counts[part.rank % 4], 1)
-                errors[name] = part.worst(error_of(layer, single, x, logits))
+            same = (part.size, layer.plan.activation_format, scheme, experts, quantizes_by_itself(layer))
+            if same not in singles:
+                singles[same] = same_kernels(part, layer, scheme, experts)
+            errors = {
+                name: part.worst(error_of(part, layer, singles[same], counts[: part.size], 1))
+                for name, counts in TOKENS.items()
+            }
         ran += 1
         if max(errors.values()) > ERROR:
             wrong.add(dispatch)
@@ -71,37 +76,69 @@ Step = Callable[..., torch.Tensor]
 
 
 def same_kernels(part: Ranks, layer: Any, scheme: str, experts: str | None) -> Step:
-    """One rank with as many rows in the same kernels: another format or row bound has other kernels, and where these
-    round otherwise, the 8-bit input of the second GEMM takes other values.
+    """One rank with as many rows per expert in the same kernels, quantized as the dispatch does it.
+
+    Another format or row bound has other kernels, and where one code or the last bit of a sum is another, many codes of
+    the second GEMM's 8-bit input may be.
     """
-    rows = SMALL["max_tokens_per_rank"] * part.size
-    batched = layer.plan.activation_format is ActivationFormat.BATCHED
-    sizes, dispatch = SMALL | {"max_tokens_per_rank": rows}, "batched" if batched else "local"
+    rows, dispatch = SMALL["max_tokens_per_rank"] * part.size, "batched"
+    if layer.plan.activation_format is ActivationFormat.STANDARD:
+        rows, dispatch = rows * part.size, "local"  # rows per expert choose kernels, and all experts are here
+    sizes = SMALL | {"max_tokens_per_rank": rows}
     single = part.layer(sizes, dispatch, scheme, experts=experts, alone=True)
 
     def step(x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
         padded = (functional.pad(each, (0, 0, 0, rows - each.shape[0])) for each in (x, router_logits))
-        out: torch.Tensor = single(*padded)
+        with nixl_eps_quantizer() if quantizes_by_itself(layer) else contextlib.nullcontext():
+            out: torch.Tensor = single(*padded)
         return out[: x.shape[0]]
 
     return step
 
 
-def error_of(layer: Step, single: Step, x: torch.Tensor, logits: torch.Tensor) -> float:
+def quantizes_by_itself(layer: Any) -> bool:
+    """The dispatch is the one that has another formula than `formats`, and rows travel quantized."""
+    return layer.plan.dispatch.name == "nixl_ep" and layer.plan.payload != MODEL_DTYPE_PAYLOAD
+
+
+@contextlib.contextmanager
+def nixl_eps_quantizer() -> Iterator[None]:
+    """moe-batched on one rank quantizes rows as NIXL EP does."""
+    from moe_batched import prepare_finalize
+    from moe_nixl_ep.emulation import quantize
+
+    def quantize_rows(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        return quantize(x, spec.scale_format is ScaleFormat.UE8M0)
+
+    ours, prepare_finalize.quantize_rows = prepare_finalize.quantize_rows, quantize_rows
+    try:
+        yield
+    finally:
+        prepare_finalize.quantize_rows = ours
+
+
+def error_of(part: Ranks, layer: Step, single: Step, counts: Sequence[int], seed: int) -> float:
+    """How far this rank's result is from what one rank makes of the tokens of all: scales that rows share are then
+    the same ones.
+    """
+    everybody = [part.inputs(SMALL, tokens, seed, rank=rank) for rank, tokens in enumerate(counts)]
+    x, logits = everybody[part.rank]
     out = layer(x, router_logits=logits)
-    return relative_error(out, single(x, router_logits=logits)) if x.shape[0] else 0.0
+    all_x, all_logits = (torch.cat(each) for each in zip(*everybody, strict=True))
+    wanted = single(all_x, router_logits=all_logits).split(list(counts))[part.rank]
+    return relative_error(out, wanted) if x.shape[0] else 0.0
 
 
 def long_run(ranks: Ranks, dispatch: str, steps: int, soak: int) -> float:
     """The largest error of `steps` random steps; infinity if `soak` more leave memory behind."""
     layer = ranks.layer(SMALL, dispatch, "unquantized")
     single = same_kernels(ranks, layer, "unquantized", None)
-    choose, most = random.Random(ranks.rank), 0.0
+    choose, most = random.Random(ranks.size), 0.0
     where = f"{ranks.size} ranks, {dispatch:12}"
     with limited(f"rank {ranks.rank} of {ranks.size} in random steps of {dispatch}", LIMIT_S):
         for step in range(steps):
-            x, logits = ranks.inputs(SMALL, choose.randint(0, SMALL["max_tokens_per_rank"]), step)
-            most = max(most, error_of(layer, single, x, logits))
+            counts = [choose.randint(0, SMALL["max_tokens_per_rank"]) for _ in range(ranks.size)]
+            most = max(most, error_of(ranks, layer, single, counts, step))
         most = ranks.worst(most)
     ranks.say(f"{where} {steps} random steps, 0 to {SMALL['max_tokens_per_rank']} tokens: {most:.4f}")
     if soak and ranks.device.type == "cuda":

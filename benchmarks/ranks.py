@@ -24,8 +24,10 @@ import torch.distributed as dist
 import moe_core
 from benchmarks.cases import capture, event_us, relative_error
 from benchmarks.rank_checks import ERROR, check
+from moe_core import formats
 from moe_core.group import TorchGroup
 from moe_core.plugins import registry
+from moe_core.tuner import INPUT_AMAX
 
 LARGE = {"num_experts": 256, "top_k": 8, "hidden_size": 7168, "intermediate_size": 2048, "max_tokens_per_rank": 128}
 TIMED = (1, 8, 64, 128)
@@ -91,24 +93,38 @@ class Ranks:
         fill(layer)
         return layer
 
-    def inputs(self, sizes: dict[str, int], tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states `[T, H]` and logits `[T, E]`, this process's own."""
-        generator = torch.Generator(self.device).manual_seed(1000 * seed + dist.get_rank())
+    def inputs(
+        self, sizes: dict[str, int], tokens: int, seed: int, *, rank: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states `[T, H]` and logits `[T, E]`, this rank's own, or those of another rank of the group."""
+        moved = 0 if rank is None else rank - self.rank
+        generator = torch.Generator(self.device).manual_seed(1000 * seed + dist.get_rank() + moved)
         x = torch.randn(tokens, sizes["hidden_size"], generator=generator, device=self.device).bfloat16()
         return x, torch.randn(tokens, sizes["num_experts"], generator=generator, device=self.device)
 
 
 def fill(layer: Any) -> None:
-    """Random weights, the same for every split over ranks."""
+    """Random weights, the same for every split over ranks, and scales of their inputs where the scheme reads them."""
     config, own = layer.plan.config, set(layer.routed_experts.expert_map.local_experts)
-    h, i = config.hidden_size, config.intermediate_size
+    h, i, scale = config.hidden_size, config.intermediate_size, input_scale(layer)
     for expert in range(config.num_experts):
         if expert in own:
             generator = torch.Generator(layer.routed_experts.device).manual_seed(expert)
             for name, shape in {"gate": (i, h), "up": (i, h), "down": (h, i)}.items():
                 values = torch.randn(shape, generator=generator, device=generator.device).mul_(shape[1] ** -0.5)
                 layer.routed_experts.load_expert(expert, name, values.bfloat16())
+                if scale is not None:
+                    layer.routed_experts.load_expert(expert, f"{name}_input_scale", scale)
     layer.routed_experts.pack_weights()
+
+
+def input_scale(layer: Any) -> torch.Tensor | None:
+    """Of static scales, for inputs that are normally distributed; None: the scheme reads none."""
+    spec = layer.plan.scheme.activation
+    if spec is None or "_input_scale" not in layer.routed_experts.quant_method.required_kinds(packed=False):
+        return None
+    of = formats.global_scale_of if spec.second_level else formats.scale_of
+    return of(torch.tensor(INPUT_AMAX), spec)
 
 
 def served_by(layer: Any) -> str:

@@ -36,7 +36,8 @@ def fraction(shape: cases.Shape, weights: cases.Weights, tokens: int, copy: floa
     sets = [cases.make_inputs(shape, tokens, i, "cuda") for i in range(4)]
     prepare, _ = our_step(shape, weights)
     calls = [prepare(inputs) for inputs in sets]
-    error, finite = checked(calls, cases.reference(shape, weights, sets[-1], [0, tokens - 1]), [0, tokens - 1])
+    rows = cases.rows_to_check(tokens)
+    error, finite = checked(calls, cases.reference(shape, weights, sets[-1], rows), rows)
     if not (finite and error <= TOLERANCE):
         return float("nan")
     floor = cases.floor_us(shape, tokens, cases.distinct_experts(sets), copy, matmul)

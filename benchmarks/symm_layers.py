@@ -9,6 +9,10 @@ Printed for each: a pair of dispatch and combine alone, a step, what of the step
 often this fits into NIXL EP's, the share of the time saved on the pair that is saved on the step, how much faster the
 step is, and how much it could be: down to the time in which the weights of the chosen experts can be read.
 
+A saving of 15 us in a step of 1500 is less than what a chip's clocks drift by in a second. So all graphs take turns,
+replay by replay, and what is saved is the median of the differences within a turn. Beside the share stands what each
+fifth of the turns, taken alone, gives: the least and the most.
+
 Shape letters: T tokens on this rank · H hidden · I intermediate · E experts · K top-k.
 """
 
@@ -19,7 +23,6 @@ import functools
 import itertools
 import json
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ import torch.distributed as dist
 import moe_core
 from benchmarks.cases import ceilings, relative_error
 from benchmarks.ranks import LARGE, Ranks, SharedExpert
-from moe_core.timing import capture, event_us
+from moe_core.timing import capture
 
 OURS, THEIRS = ("symm", "symm_batched"), "nixl_ep"
 TOKENS = (1, 8, 64, 128)
@@ -39,18 +42,18 @@ SKEWED = (8, 128)
 INTERMEDIATE = (2048, 256)
 SCHEMES = {"unquantized": 2, "fp8_block": 1}  # bytes of a weight
 HOT = 20.0  # a logit that is always chosen
-SETS = 4  # of inputs; even, since NIXL EP has two buffers that take turns
-PAIRS = 10
-ROUNDS = 3
-REPLAYS = 4  # under the profiler
+SETS = 8  # of inputs, all in one graph; even, since NIXL EP has two buffers that take turns
+TURNS = 40  # of all graphs
+PARTS = 5  # of the turns, for the spread
+REPLAYS = 6  # under the profiler
 PROBED = 2  # tokens that are computed anew
 ERROR = 0.006  # relative Frobenius: one rounding of activations and rows each to bf16
-MATMUL = re.compile(r"slots_|scan_|gemm|alternating|specialized")  # kernels that stream weights
+MATMUL = re.compile(r"slots_|scan_|stream_|gemm|alternating|specialized")  # kernels that stream weights
 
 
 @attrs.frozen
 class Case:
-    """One cell: both layers are timed on the same tokens."""
+    """One cell: all layers are timed on the same tokens."""
 
     scheme: str
     intermediate: int
@@ -114,14 +117,33 @@ def are_right(ranks: Ranks, layers: dict[str, Any], case: Case) -> bool:
     return fine
 
 
-def interleaved_us(ranks: Ranks, calls: dict[str, list[Callable[[], object]]]) -> dict[str, float]:
-    """One graph per name, replayed in turns so that what drifts hits all; the slowest rank's best, per call."""
+def in_turns(ranks: Ranks, calls: dict[str, list[Callable[[], object]]]) -> dict[str, torch.Tensor]:
+    """A graph per name, replayed in turns, forth and back: name → microseconds per call `[TURNS]`, slowest rank."""
     graphs = {name: capture(each) for name, each in calls.items()}
-    best = dict.fromkeys(calls, float("inf"))
-    for _, name in itertools.product(range(ROUNDS), calls):
-        ranks.group.barrier()
-        best[name] = min(best[name], event_us(graphs[name].replay, repeats=10) / len(calls[name]))
-    return {name: ranks.worst(us) for name, us in best.items()}
+    order, warmup = list(graphs), 2
+    turns = [order[::-1] if turn % 2 else order for turn in range(warmup + TURNS)]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(len(order) + 1)] for _ in turns]
+    ranks.group.barrier()
+    for turn, marks in zip(turns, events, strict=True):
+        for name, mark in zip(turn, marks, strict=False):
+            mark.record()
+            graphs[name].replay()
+        marks[-1].record()
+    torch.cuda.synchronize()
+    us = torch.zeros(len(order), TURNS, device=ranks.device)
+    for number, (turn, marks) in enumerate(zip(turns[warmup:], events[warmup:], strict=True)):
+        for place, name in enumerate(turn):
+            ms = marks[place].elapsed_time(marks[place + 1])
+            us[order.index(name), number] = ms * 1e3 / len(calls[name])
+    dist.all_reduce(us, op=dist.ReduceOp.MAX)
+    return dict(zip(order, us.cpu(), strict=True))
+
+
+def saved(theirs: torch.Tensor, ours: torch.Tensor, saved_on_pair: float) -> list[float]:
+    """The share of what the pair saves that the step saves: of all turns, then the least and most of their parts."""
+    differences = theirs - ours
+    shares = [each.median().item() / saved_on_pair for each in (differences, *differences.chunk(PARTS))]
+    return [shares[0], min(shares[1:]), max(shares[1:])]
 
 
 def steps(ranks: Ranks, layer: Any, case: Case) -> list[Callable[[], object]]:
@@ -130,32 +152,36 @@ def steps(ranks: Ranks, layer: Any, case: Case) -> list[Callable[[], object]]:
 
 
 def pairs(ranks: Ranks, layer: Any, case: Case) -> list[Callable[[], object]]:
-    """Dispatch and combine alone; the experts' rows are whatever is there."""
-    x, logits = inputs(ranks, case, 0)
-    weights, ids = choices(logits)
+    """Dispatch and combine alone, of the same tokens as the steps; the experts' rows are whatever is there."""
     kernel = layer.kernel
     made: list[torch.Tensor] = []
 
-    def pair() -> None:
-        flight = kernel.dispatch(x, moe_core.Routing(ids, weights))
+    def pair(x: torch.Tensor, routing: moe_core.Routing) -> None:
+        flight = kernel.dispatch(x, routing)
         if not made:
             place = kernel.prepare_finalize.expert_output(flight.dispatched, flight.out)
             shape = (*flight.dispatched.x.shape[:-1], x.shape[1])
             made.append(torch.randn(shape, device=x.device).bfloat16() if place is None else place)
         kernel.combine(flight, made[0])()
 
-    return [pair] * PAIRS
+    def routed(seed: int) -> Callable[[], object]:
+        x, logits = inputs(ranks, case, seed)
+        weights, ids = choices(logits)
+        return functools.partial(pair, x, moe_core.Routing(ids, weights))
+
+    return [routed(seed) for seed in range(SETS)]
 
 
 def not_matmul_us(ranks: Ranks, calls: list[Callable[[], object]]) -> tuple[float, dict[str, float]]:
     """Of a step, what is no GEMM; from the kernels' own times, as a graph of all calls is replayed.
 
     A kernel takes from the end of the one before it to its own end. Steps and GEMMs are those of the rank where they
-    take longest. The first replay and the first step of each are left out: ranks begin them apart.
+    take longest. The first replay and the first step of each are left out: ranks begin them apart. Of each step the
+    median of the replays is taken.
 
     Returns: (per step, kernel → time per step on this rank).
     """
-    graph, steps = capture(calls), REPLAYS * len(calls)
+    graph = capture(calls)
     ranks.group.barrier()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         for _ in range(REPLAYS):
@@ -163,22 +189,21 @@ def not_matmul_us(ranks: Ranks, calls: list[Callable[[], object]]) -> tuple[floa
         torch.cuda.synchronize()
     kernels = [event for event in profile.events() if event.device_type.name == "CUDA"]
     kernels.sort(key=lambda event: event.time_range.start)
-    assert len(kernels) % steps == 0, f"{len(kernels)} kernels in {steps} steps"
-    kept = [step for step in range(len(calls), steps) if step % len(calls)]
-    spans, of_kernel = torch.zeros(2, steps), defaultdict[str, float](float)
-    reached = kernels[0].time_range.start
-    for number, kernel in enumerate(kernels):
-        step, before = number * steps // len(kernels), reached
-        reached = max(reached, kernel.time_range.end)
-        spans[0, step] += reached - before
-        if MATMUL.search(kernel.name):
-            spans[1, step] += reached - max(before, kernel.time_range.start)
-        if step in kept:
-            of_kernel[kernel.name] += (reached - before) / len(kept)
-    longest = spans.to(ranks.device)
+    launched, left = divmod(len(kernels), REPLAYS * len(calls))
+    assert not left, f"{len(kernels)} kernels in {REPLAYS} × {len(calls)} steps"
+    names = [kernel.name for kernel in kernels]
+    start, end = torch.tensor([[k.time_range.start, k.time_range.end] for k in kernels], dtype=torch.float64).T
+    reached = end.cummax(0).values
+    before = torch.cat([start[:1], reached[:-1]])
+    streams = torch.tensor([bool(MATMUL.search(name)) for name in names])
+    spans = torch.stack([reached - before, (reached - before.maximum(start)) * streams])
+    spans = spans.view(2, REPLAYS, len(calls), launched).to(ranks.device)
+    own = spans[0, 1:, 1:].median(0).values.mean(0).tolist()
+    longest = spans.sum(3)
     dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-    assert longest[1].all(), f"no kernel is known as a GEMM among {sorted(of_kernel)}"
-    return (longest[0] - longest[1])[kept].mean().item(), dict(of_kernel)
+    assert longest[1].all(), f"no kernel is known as a GEMM among {sorted(set(names))}"
+    rest = (longest[0] - longest[1])[1:, 1:].median(0).values.mean().item()
+    return rest, {name: sum(us for us, of in zip(own, names, strict=False) if of == name) for name in names[:launched]}
 
 
 def stream_us(ranks: Ranks, case: Case, copy_rate: float) -> float:
@@ -195,25 +220,26 @@ def stream_us(ranks: Ranks, case: Case, copy_rate: float) -> float:
 
 def measure(ranks: Ranks, layers: dict[str, Any], case: Case, copy_rate: float) -> dict[str, Any]:
     calls = {name: steps(ranks, layer, case) for name, layer in layers.items()}
-    pair = interleaved_us(ranks, {name: pairs(ranks, layer, case) for name, layer in layers.items()})
-    step = interleaved_us(ranks, calls)
+    pair = in_turns(ranks, {name: pairs(ranks, layer, case) for name, layer in layers.items()})
+    step = in_turns(ranks, calls)
     stream = stream_us(ranks, case, copy_rate)
-    ceiling = f"(ceiling {step[THEIRS] / stream:.2f})"
     found: dict[str, Any] = attrs.asdict(case) | {"stream_us": stream}
     for name in (THEIRS, *OURS):
         rest, kernels = not_matmul_us(ranks, calls[name])
-        found[name] = {"pair_us": pair[name], "step_us": step[name], "not_matmul_us": rest, "kernels_us": kernels}
-        line = f"{case.tokens:5} {name:13} {pair[name]:7.1f} {step[name]:8.1f} {rest:8.1f}"
+        pair_us, step_us = pair[name].median().item(), step[name].median().item()
+        found[name] = {"pair_us": pair_us, "step_us": step_us, "not_matmul_us": rest, "kernels_us": kernels}
+        line = f"{case.tokens:5} {name:13} {pair_us:7.1f} {step_us:8.1f} {rest:8.1f}"
         if name != THEIRS:
-            saved = (step[THEIRS] - step[name]) / (pair[THEIRS] - pair[name])
-            faster, rest_faster = step[THEIRS] / step[name], found[THEIRS]["not_matmul_us"] / rest
-            found[name] |= {"saved": saved, "faster": faster, "not_matmul_faster": rest_faster}
-            line += f"  {rest_faster:5.2f} {saved:8.2f} {faster:8.3f} {ceiling}"
+            shares = saved(step[THEIRS], step[name], (pair[THEIRS] - pair[name]).median().item())
+            faster, rest_faster = found[THEIRS]["step_us"] / step_us, found[THEIRS]["not_matmul_us"] / rest
+            found[name] |= {"saved": shares, "faster": faster, "not_matmul_faster": rest_faster}
+            line += f"  {rest_faster:5.2f}   {shares[0]:5.2f} ({shares[1]:5.2f} to {shares[2]:5.2f}) {faster:7.3f}"
+            line += f" (ceiling {found[THEIRS]['step_us'] / stream:.2f})"
         ranks.say(line)
     return found
 
 
-def both(ranks: Ranks, case: Case, **options: Any) -> dict[str, Any]:
+def all_of(ranks: Ranks, case: Case, **options: Any) -> dict[str, Any]:
     sizes = LARGE | {"intermediate_size": case.intermediate}
     return {name: ranks.layer(sizes, name, case.scheme, cuda_graph=True, **options) for name in (*OURS, THEIRS)}
 
@@ -222,16 +248,16 @@ def tables(ranks: Ranks, cases: list[Case]) -> Iterator[dict[str, Any]]:
     copy_rate, _ = ceilings()
     for (scheme, intermediate), group in itertools.groupby(cases, lambda case: (case.scheme, case.intermediate)):
         wanted = list(group)
-        layers = both(ranks, wanted[0])
+        layers = all_of(ranks, wanted[0])
         payloads = {name: layer.plan.payload for name, layer in layers.items()}
         ranks.say(f"\n{scheme}, I = {intermediate}; on the wire {payloads}; copy {copy_rate / 1e12:.2f} TB/s")
         for routing, of_routing in itertools.groupby(wanted, lambda case: case.routing):
             cells = list(of_routing)
             if not all(are_right(ranks, layers, cell) for cell in cells):
-                yield {"scheme": scheme, "intermediate": intermediate, "routing": routing, "wrong": True}
+                yield attrs.asdict(cells[0]) | {"wrong": True}
                 continue
-            ranks.say(f"{routing}, us:\n    T                  pair     step  no GEMM  ratio    saved   faster")
-            yield from [measure(ranks, layers, cell, copy_rate) for cell in cells]
+            ranks.say(f"{routing}, us:\n    T                  pair     step  no GEMM  ratio   saved   faster")
+            yield from (measure(ranks, layers, cell, copy_rate) for cell in cells)
         del layers
         torch.cuda.empty_cache()
 
@@ -244,7 +270,7 @@ def overlap(ranks: Ranks) -> Iterator[dict[str, Any]]:
     ranks.say(f"\nwith a shared expert, I = {case.intermediate}, T = {case.tokens}: us a step")
     first: dict[str, torch.Tensor] = {}
     for order in (orders.SEQUENTIAL, orders.INTERNAL, orders.MULTI_STREAM):
-        layers = both(ranks, case, shared=shared, shared_experts_order=order)
+        layers = all_of(ranks, case, shared=shared, shared_experts_order=order)
         x, logits = inputs(ranks, case, 0)
         outs = {name: layer(x, router_logits=logits) for name, layer in layers.items()}
         first = first or outs
@@ -253,7 +279,8 @@ def overlap(ranks: Ranks) -> Iterator[dict[str, Any]]:
             ranks.say(f"{order.name}: WRONG, {wrong:.4f} from {orders.SEQUENTIAL.name}")
             yield {"order": order.name, "wrong": True}
             continue
-        step = interleaved_us(ranks, {name: steps(ranks, layer, case) for name, layer in layers.items()})
+        turns = in_turns(ranks, {name: steps(ranks, layer, case) for name, layer in layers.items()})
+        step = {name: us.median().item() for name, us in turns.items()}
         ranks.say(f"{order.name:14} " + ", ".join(f"{name} {us:.1f}" for name, us in step.items()))
         yield {"order": order.name, "step_us": step}
         del layers
@@ -275,11 +302,11 @@ def main() -> None:
         if "skew" in parts and scheme == "unquantized" and intermediate == INTERMEDIATE[0]:
             skews = itertools.product(("hot expert", "hot rank"), SKEWED)
             cases += [Case(scheme, intermediate, skew, tokens) for skew, tokens in skews]
-    found = list(tables(ranks, cases))
-    if "overlap" in parts:
-        found += overlap(ranks)
-    if options.json and ranks.rank == 0:
-        options.json.write_text(json.dumps({"ranks": ranks.size, "rows": found}, indent=1))
+    found = []
+    for row in itertools.chain(tables(ranks, cases), overlap(ranks) if "overlap" in parts else ()):
+        found.append(row)
+        if options.json and ranks.rank == 0:
+            options.json.write_text(json.dumps({"ranks": ranks.size, "rows": found}, indent=1))
     ranks.group.barrier()
     dist.destroy_process_group()
     if any(row.get("wrong") for row in found):

@@ -149,7 +149,7 @@ class Reference:
         """What a rank gets: local ids or -1, `[R, K]`."""
         there = torch.arange(self.shape.tokens, device=DEVICE) < torch.tensor(batch.sizes, device=DEVICE)[:, None]
         wanted = torch.where(batch.ids >= 0, self.local[rank][batch.ids.clamp(min=0).long()], -1)
-        return wanted.masked_fill(~there[..., None], -1).flatten(0, 1)
+        return in_rows(wanted.masked_fill(~there[..., None], -1))
 
     def _places(self, wanted: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of each expert in their order: `[R, K]`, where in `[E_l · C]` or -1, and counts `[E_l]`."""
@@ -163,7 +163,7 @@ class Reference:
         """How many elements of what `prepare` gave are not what was sent here; on the device."""
         wanted = self._wanted(batch, self.rank)
         here = wanted >= 0
-        x, scale = batch.x.flatten(0, 1), None
+        x, scale = in_rows(batch.x), None
         if self.shape.scales is not None:
             spec = self.shape.scheme.activation
             assert spec is not None
@@ -172,7 +172,8 @@ class Reference:
             assert got.topk_ids is not None
             assert got.topk_weights is not None
             wrong = (got.topk_ids != wanted).sum()
-            wrong += ((got.topk_weights != batch.weights.flatten(0, 1)) & here).sum()
+            wrong += (got.num_rows != self.size * max(batch.sizes)).sum()
+            wrong += ((got.topk_weights != in_rows(batch.weights)) & here).sum()
             row = here.any(-1, keepdim=True)
             wrong += ((_bits(got.x) != _bits(x)) & row).sum()
             return wrong if scale is None else wrong + ((_bits(got.x_scale) != _bits(scale)) & row).sum()
@@ -192,7 +193,7 @@ class Reference:
     def expected(self, batch: Batch) -> torch.Tensor:
         """`[T, H]`, as the form has it: sums in fp32, in the order of ranks or of choices."""
         tokens, shape = batch.sizes[self.rank], self.shape
-        own = slice(self.rank * shape.tokens, self.rank * shape.tokens + tokens)
+        own = slice(self.rank, self.rank + tokens * self.size, self.size)
         _, routing = self._own(batch)
         total = torch.zeros(tokens, shape.hidden, device=DEVICE)
         if shape.form is Form.STANDARD:
@@ -213,6 +214,11 @@ class Reference:
             for place, y in zip(places, self.y, strict=True):
                 total = _added(total, y, place[:, k], routing.topk_weights[:, k])
         return total.to(shape.dtype)
+
+
+def in_rows(of_sources: torch.Tensor) -> torch.Tensor:
+    """`[W, M, …]` as `[R, …]`, in the order in which a rank gets it."""
+    return of_sources.transpose(0, 1).flatten(0, 1)
 
 
 def capture(steps: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:

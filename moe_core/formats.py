@@ -179,13 +179,11 @@ def pack_e2m1(x: torch.Tensor) -> torch.Tensor:
 
     There is no NaN among 16 codes: it becomes 0 here, and the scale of its group carries it on.
     """
-    midpoints = torch.tensor(_E2M1_MIDPOINTS, device=x.device)
-    magnitude = x.abs()
-    # A tie belongs to the even code: below midpoint i lies code i, so the tie rounds up where i is odd.
-    low, high = (torch.bucketize(magnitude, midpoints, right=right) for right in (False, True))
-    code = torch.where(low % 2 == 0, low, high)
-    code = torch.where(x.isnan(), 0, code) | (torch.signbit(x).to(torch.int64) << 3)
-    pairs = code.to(torch.uint8).unflatten(-1, (-1, 2))
+    magnitude, code = x.abs(), torch.signbit(x).to(torch.uint8) << 3
+    for i, midpoint in enumerate(_E2M1_MIDPOINTS):
+        # A tie belongs to the even code: below midpoint i lies code i, so the tie rounds up where i is odd.
+        code += magnitude >= midpoint if i % 2 else magnitude > midpoint
+    pairs = code.unflatten(-1, (-1, 2))
     return pairs[..., 0] | (pairs[..., 1] << 4)
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from moe_core.errors import CollectiveError
 from moe_core.interfaces import Finish
+from moe_core.watchdog import limited
 
 # torch 2.13 renamed both and warns at the old names; 2.11 has only those.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -22,6 +23,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _REPORT_TIMEOUT_S = 2.0
 """After a failure, how long the other ranks are given to report theirs, so that the silent one can be named."""
 _POLL_S = 0.0005
+_UNGUARDED = contextlib.nullcontext()
 
 
 class TorchGroup:
@@ -30,17 +32,20 @@ class TorchGroup:
     A collective that fails raises `CollectiveError` with this rank and the collective's name: on gloo within the
     process group's timeout. NCCL's collectives end after the call: torch's watchdog reports after the process
     group's timeout, but not where a graph replays them; `await_device`, which a layer's `check` calls, tells of both.
+    NCCL connects in the first call of a collective, and waits there without a timeout: a watchdog ends the process.
 
     Args:
         torch_group: the process group; None: the default group, which must be initialised.
-        timeout_s: how long a rank that has not built a layer yet is waited for, when plans are compared, and the
-            device in `await_device`. Collectives have the process group's own timeout.
+        timeout_s: how long a rank that has not built a layer yet is waited for, when plans are compared, the device in
+            `await_device`, and NCCL's connections. Collectives have the process group's own timeout.
     """
 
     def __init__(self, torch_group: dist.ProcessGroup | None = None, *, timeout_s: float = 300.0) -> None:
         if not dist.is_initialized():
             raise RuntimeError("TorchGroup needs torch.distributed.init_process_group to have run; run under torchrun")
         self._group = torch_group or dist.group.WORLD
+        self._connects_late = "nccl" in dist.get_backend(self._group)
+        self._connected: set[str] = set()
         self.timeout_s = timeout_s
 
     @property
@@ -145,13 +150,13 @@ class TorchGroup:
 
     def _run(self, name: str, collective: Callable[..., Any], *arguments: Any) -> Callable[[], None]:
         """A whole collective; nothing is left to wait for."""
-        with self._named(name):
+        with self._named(name), self._connecting(name):
             collective(*arguments, group=self._group)
         return _nothing
 
     def _start(self, name: str, collective: Callable[..., Any], *arguments: Any) -> Callable[[], None]:
         """Enter a collective. The result holds its tensors and waits: the host on gloo, the current stream on NCCL."""
-        with self._named(name):
+        with self._named(name), self._connecting(name):
             work = collective(*arguments, group=self._group, async_op=True)
         return functools.partial(self._wait, name, [work, *arguments])
 
@@ -173,6 +178,13 @@ class TorchGroup:
                 f"the process group's timeout ({self._suspects()}): look at the other ranks' output, and start all of "
                 "them again"
             ) from error
+
+    def _connecting(self, collective: str) -> contextlib.AbstractContextManager[None]:
+        """Guards the first call of a collective, where ranks may still have to be connected."""
+        if not self._connects_late or collective in self._connected:
+            return _UNGUARDED
+        self._connected.add(collective)
+        return limited(f"rank {self.rank} of {self.size}, connecting for its first {collective}", self.timeout_s)
 
     def _suspects(self) -> str:
         """Which ranks have not failed in the same way: the one that the others waited for is among them."""

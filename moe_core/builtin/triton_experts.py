@@ -40,6 +40,7 @@ class TritonExperts(Experts):
             itemsize=config.dtype.itemsize,
             gated=spec.gated,
             interleaved=self._activation.gate_up_layout == "interleaved",
+            all_experts=config.num_experts,
         )
         self._measured: tuple[tuple[int, Any], ...] = ()
         self._bound: ExpertWeights | None = None
@@ -151,6 +152,7 @@ class TritonExperts(Experts):
             bias13=weights.w13_bias,
             bias2=weights.w2_bias,
             weight_on_input=self._weight_on_input,
+            all_experts=self._problem.all_experts,
         )
 
     def _bind_batched(self, weights: ExpertWeights) -> ops.BatchedExpertsLauncher:

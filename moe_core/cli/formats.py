@@ -14,6 +14,7 @@ import attrs
 
 from moe_core.checkpoint import Checkpoint, quantization_config
 from moe_core.errors import MoEError, UnsupportedError
+from moe_core.forms import made_method
 from moe_core.plugins import registry
 
 _FP8_BLOCK_SCALE = ".weight_scale_inv"
@@ -37,7 +38,7 @@ class Reading:
     Attributes:
         note: what the user is told; "" where there is nothing to tell.
         dequantize: transformers is to expand the weights to the model dtype: "mxfp4" or "fp8"; "" if not.
-        scheme: the scheme of the plugin that reads the format; "" if none.
+        scheme: the scheme of the plugin that reads the format or quantizes to it; "" if none.
     """
 
     note: str = ""
@@ -54,20 +55,16 @@ def decide(
         source: the checkpoint folder, or a config file alone.
         values: the contents of config.json.
         checkpoint: its tensors, where shapes are to be checked too.
-        scheme: what packed experts are to run in; None: the first scheme that claims the format.
+        scheme: what the experts are to run in; None: the first scheme that claims the format, and floating-point
+            experts as they are.
 
     Raises:
         UnsupportedError: nothing that is installed reads its format; the text names the format, the reason and the
-            package that would.
+            package that would. Or floating-point weights can't be quantized to `scheme` while they load.
     """
     config = quantization_config(source, values)
-    if config is None and scheme is not None:
-        raise UnsupportedError(
-            f"{source}: scheme {scheme!r} is for packed weights, and these are floating point; pack them with "
-            "moe-core convert"
-        )
     if config is None:
-        return Reading()
+        return Reading() if scheme is None else _online(source, scheme)
     method, form = _method(config), _form(config)
     claimed, declined = _ask_plugins(config, scheme)
     if claimed is not None:
@@ -114,6 +111,29 @@ def transformers_config(reading: Reading) -> Any:
     if not is_accelerate_available():
         raise MoEError("transformers' dequantization of fp8 needs accelerate: pip install accelerate")
     return FineGrainedFP8Config(dequantize=True)
+
+
+def _online(source: Path, scheme: str) -> Reading:
+    """Floating-point experts that are quantized while they load."""
+    entry = registry().find("quant_methods", scheme)
+    method = made_method(entry)
+    if method.scheme.weight is None:
+        return Reading()
+    needed = [kind.strip("_").replace("_", " ") for kind in method.required_kinds(packed=False) if kind]
+    if needed:
+        others = sorted(
+            name
+            for name, other in registry().quant_methods.items()
+            if (made := made_method(other)).scheme.weight is not None and not any(made.required_kinds(packed=False))
+        )
+        raise UnsupportedError(
+            f"{source}: scheme {scheme!r} needs {', '.join(needed)} from a calibration, and a checkpoint of "
+            f"floating-point weights has none; schemes that need none: {', '.join(others)}"
+        )
+    return Reading(
+        f"experts are quantized while they load, to scheme {scheme} of {entry.plugin} (moe-core convert stores such)",
+        scheme=scheme,
+    )
 
 
 def _method(config: Mapping[str, Any]) -> str:

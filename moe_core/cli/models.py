@@ -121,7 +121,7 @@ def prepare_config(
     Args:
         source, checkpoint: as for `formats.decide`.
         config: transformers' own.
-        scheme: what packed experts are to run in; None: the first scheme that reads the format.
+        scheme: what the experts are to run in; None: the first scheme that reads the format.
 
     Raises:
         UnsupportedError: nothing that is installed reads them.
@@ -198,13 +198,15 @@ def _load_packed(folder: Path, config: Any, options: LoadOptions, notes: list[st
         arguments["group"] = options.group
         arguments["max_tokens_per_rank"] = most_tokens(options.dispatch)
     output.note("loading the weights …")
-    with output.progress_bars_of_transformers(), _LoadReport():
+    loading = output.progress_so_far("loading experts")
+    with output.progress_bars_of_transformers(), _LoadReport(), loading as progress:
         model, info = packed.from_pretrained(
             folder,
             scheme=options.scheme,
             dispatch=options.dispatch,
             experts=options.experts,
             debug=options.debug,
+            progress=progress,
             auto_class=_model_class(config),
             dtype=options.dtype or "auto",
             **arguments,

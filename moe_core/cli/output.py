@@ -59,6 +59,26 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[[]
 
 
 @contextlib.contextmanager
+def progress_so_far(description: str) -> Iterator[Callable[[int, int], None]]:
+    """The same where each step says (done, total), and the first one starts it."""
+    console = rich.console.Console(stderr=True)
+    bar = rich.progress.Progress(console=console, transient=True)
+    task = bar.add_task(description, total=None)
+
+    def show(done: int, total: int) -> None:
+        if console.is_terminal:
+            bar.start()
+            bar.update(task, completed=done, total=total)
+        elif done == 1:
+            note(f"{description}, {total} of them …")
+
+    try:
+        yield show
+    finally:
+        bar.stop()
+
+
+@contextlib.contextmanager
 def progress_bars_of_transformers() -> Iterator[None]:
     """Let transformers show how far it is, on a terminal; elsewhere its bars would fill a log file."""
     from transformers.utils import logging  # noqa: PLC0415 - an extra

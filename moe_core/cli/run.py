@@ -32,7 +32,11 @@ COMPARED_ROUNDS = 3
 @click.option("--compare", "comparing", is_flag=True, help="Run transformers' own experts beside ours.")
 @dispatch_option
 @experts_option
-@click.option("--scheme", metavar="NAME", help="Run packed experts in this scheme. Default: what the format says.")
+@click.option(
+    "--scheme",
+    metavar="NAME",
+    help="Run the experts in this scheme; floating-point ones are quantized while they load. Default: as stored.",
+)
 @click.option("--dtype", type=click.Choice(sorted(DTYPES)), help="Default: the checkpoint's own.")
 @click.option("--device", metavar="DEVICE", help="cpu or cuda. Default: cuda where there is one.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint folder brings.")

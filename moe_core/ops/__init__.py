@@ -5,7 +5,13 @@ from a plan that the caller passes in; nothing here reads a file or the environm
 """
 
 from moe_core.ops._compile import compile_only
-from moe_core.ops._fp8_launch import Fp8GroupedConfig, Fp8SpecializedConfig, fp8_batched_config, fp8_plan
+from moe_core.ops._fp8_launch import (
+    Fp8GroupedConfig,
+    Fp8SpecializedConfig,
+    Fp8StreamConfig,
+    fp8_batched_config,
+    fp8_plan,
+)
 from moe_core.ops._fp8_quantize import QuantizeRows
 from moe_core.ops._fp8_weights import FP8_ALIGNMENT, FP8_GROUP, Fp8Format, Fp8Weights
 from moe_core.ops._launch import (
@@ -53,6 +59,7 @@ __all__ = [
     "Fp8Format",
     "Fp8GroupedConfig",
     "Fp8SpecializedConfig",
+    "Fp8StreamConfig",
     "Fp8Weights",
     "GroupedConfig",
     "KernelLaunch",

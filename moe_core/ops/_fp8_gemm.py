@@ -1,4 +1,4 @@
-"""Launches one FP8 GEMM over row tiles: the plain kernel and the specialized one, behind one call.
+"""Launches one FP8 GEMM over sorted rows: the plain kernel, the specialized and the alternating one, behind one call.
 
 H hidden · I intermediate · E_l local experts · K top-k · C row capacity.
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 
 from moe_core.ops._fp8_launch import Fp8SpecializedConfig
 from moe_core.ops._fp8_weights import FP8_GROUP, Fp8Weights, triton_dtype
-from moe_core.ops._grouped import tensor_map
-from moe_core.ops._launch import ExpertsProblem, TileConfig
+from moe_core.ops._grouped import _row_pieces, tensor_map
+from moe_core.ops._launch import MAX_ALTERNATING, AlternatingConfig, ExpertsProblem, TileConfig
 from moe_core.ops._runtime import KernelLaunch
 
 _NO_ACTIVATION = {"ACT": None, "GATED": False, "ALPHA": 0.0, "LIMIT": 0.0}
@@ -127,6 +128,23 @@ class TiledGemm:
         )  # fmt: skip
 
 
+def e4m3_map(tensor: torch.Tensor, rows: int) -> Any:
+    """A host tensor map of `[N, K]` for a Gluon kernel, whose boxes are `rows` rows of 128 columns."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor(
+        tensor, list(tensor.shape), list(tensor.stride()), [rows, FP8_GROUP], _layout_of_boxes(rows)
+    )
+
+
+@cache
+def _layout_of_boxes(rows: int) -> Any:
+    """In shared memory; asked for in every step, and slow to find."""
+    from triton.experimental.gluon.language import NVMMASharedLayout, float8e4nv
+
+    return NVMMASharedLayout.get_default_for([rows, FP8_GROUP], float8e4nv)
+
+
 class SpecializedGemm:
     """Loading warps and two groups that multiply (see `_kernels/fp8_specialized.py`)."""
 
@@ -152,24 +170,15 @@ class SpecializedGemm:
             length, self._columns, self._width = inner, hidden, 2 * FP8_GROUP
             matrix, self._scales = weights.w2, (weights.scale2, weights.scale2)
             firsts, strides = (0, FP8_GROUP), weights.down_constants()
-        self._matrix = self._map(matrix.flatten(0, 1), FP8_GROUP)
+        self._matrix = e4m3_map(matrix.flatten(0, 1), FP8_GROUP)
         constants = {
             "LEN": length, "N": self._columns, "K": problem.top_k, "W_ROWS": matrix.shape[1], "FIRST_1": firsts[0],
             "FIRST_2": firsts[1], "SE": strides["SE"], "SN": strides["SN"], "PAIR": shape.up, "WEIGHT": spec.weights,
             "A_SCALE": "expert" if spec.by_expert else spec.activations, "OUT": shape.out,
             "POWER_OF_TWO": spec.power_of_two, "DTYPE": triton_dtype(dtype), "GATHER": shape.gather,
-            "BM": config.block_m, "STAGES": config.stages,
-            "GROUP": config.group,
+            "BM": config.block_m, "STAGES": config.stages, "GROUP": config.group, "E": problem.num_experts,
         }  # fmt: skip
         self._launch = KernelLaunch(fp8_specialized_kernel, constants, warps=config.warps)
-
-    def _map(self, tensor: torch.Tensor, rows: int) -> Any:
-        from triton.experimental.gluon.language import NVMMASharedLayout, float8e4nv
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-        block = [rows, FP8_GROUP]
-        layout = NVMMASharedLayout.get_default_for(block, float8e4nv)
-        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
 
     def __call__(
         self, a: Operand, c: torch.Tensor, c_scale: torch.Tensor | None, workspace: Mapping[str, torch.Tensor],
@@ -179,20 +188,55 @@ class SpecializedGemm:
         scale = a.by_expert[0] if a.scale is None else a.scale
         assert scale is not None, "unquantized rows are for the plain kernel"
         programs = min(self._num_sms, where.max_tiles * -(-self._columns // self._width))
-        rows = a.rows if self._shape.gather else self._map(a.rows, self._config.block_m)
+        rows = a.rows if self._shape.gather else e4m3_map(a.rows, self._config.block_m)
         self._launch(
             (programs, 1, 1), where.key,
             rows, self._matrix, self._matrix, c, c_scale, scale, *self._scales,
-            workspace.get("slot_of_row"), workspace["row_end"], workspace["tile_expert"], workspace["tile_row"],
-            where.max_tiles, a.rows.stride(0), scale.stride(0), c.stride(0),
+            workspace["slot_of_row"], workspace["row_end"], a.rows.stride(0), scale.stride(0), c.stride(0),
         )  # fmt: skip
 
 
+class AlternatingGemm:
+    """The down GEMM with resident weights and two warpgroups in turns (see `_kernels/fp8_alternating.py`)."""
+
+    def __init__(self, weights: Fp8Weights, problem: ExpertsProblem, config: AlternatingConfig):
+        from moe_core.ops._kernels.fp8_alternating import fp8_alternating_down_kernel
+
+        blocks, inner, hidden = config.block_n // FP8_GROUP, problem.intermediate_size, problem.hidden_size
+        spec = weights.format
+        if inner > MAX_ALTERNATING or spec.activations != "group" or weights.bias2 is not None:
+            raise ValueError(
+                f"{config} is for I up to {MAX_ALTERNATING}, activations in groups and no bias; I = {inner}, {spec}, "
+                f"{'a' if weights.bias2 is not None else 'no'} bias need a TileConfig"
+            )
+        if config.block_n % FP8_GROUP:
+            raise ValueError(f"{config}: block_n must be a multiple of {FP8_GROUP}, the rows of w2 that share a scale")
+        self._w2, self._scale2 = e4m3_map(weights.w2.flatten(0, 1), FP8_GROUP), weights.scale2
+        self._grid = (min(problem.num_sms, problem.num_experts * -(-hidden // config.block_n)), 1, 1)
+        strides = weights.down_constants()
+        constants = {
+            "H": hidden, "E": problem.num_experts, "KB": -(-inner // FP8_GROUP), "NB": blocks, "SE": strides["SE"],
+            "SN": strides["SN"], "W_STAGES": config.weight_stages, "A_STAGES": config.row_stages,
+            "LAYOUT": _row_pieces(FP8_GROUP),
+        }  # fmt: skip
+        self._launch = KernelLaunch(fp8_alternating_down_kernel, constants, warps=4)
+
+    def __call__(
+        self, a: Operand, c: torch.Tensor, c_scale: torch.Tensor | None, workspace: Mapping[str, torch.Tensor],
+        where: Rows,
+    ) -> None:  # fmt: skip
+        self._launch(
+            self._grid, where.key, e4m3_map(a.rows, 64), self._w2, a.scale, self._scale2, c, workspace["row_end"]
+        )
+
+
 def gemm(
-    weights: Fp8Weights, problem: ExpertsProblem, config: TileConfig | Fp8SpecializedConfig, shape: GemmShape,
-    dtype: torch.dtype,
-) -> TiledGemm | SpecializedGemm:  # fmt: skip
+    weights: Fp8Weights, problem: ExpertsProblem, config: TileConfig | Fp8SpecializedConfig | AlternatingConfig,
+    shape: GemmShape, dtype: torch.dtype,
+) -> TiledGemm | SpecializedGemm | AlternatingGemm:  # fmt: skip
     """The GEMM that a configuration asks for."""
+    if isinstance(config, AlternatingConfig):
+        return AlternatingGemm(weights, problem, config)
     if isinstance(config, TileConfig):
         return TiledGemm(weights, problem, config, shape, dtype)
     return SpecializedGemm(weights, problem, config, shape, dtype)

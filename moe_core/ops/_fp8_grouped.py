@@ -13,7 +13,7 @@ from moe_core.ops._fp8_launch import Fp8GroupedConfig, Fp8SpecializedConfig
 from moe_core.ops._fp8_quantize import ExpertScales, QuantizeByExpert, QuantizeRows
 from moe_core.ops._fp8_scan import quantized_twice, step_key
 from moe_core.ops._fp8_weights import FP8_GROUP, Fp8Weights
-from moe_core.ops._launch import ExpertsProblem, align_tiles
+from moe_core.ops._launch import ExpertsProblem, TileConfig, align_tiles
 from moe_core.ops._reduce import ReduceLaunch
 from moe_core.ops._runtime import KernelLaunch
 
@@ -42,7 +42,7 @@ class Fp8Gemms:
             pdl=config.pdl, early=config.early,
         ), dtype)  # fmt: skip
         self._down = gemm(weights, problem, config.down, GemmShape(
-            up=False, gather=False, own_rows=True, out=None, split=up.block_m // config.down.block_m,
+            up=False, gather=False, own_rows=True, out=None, split=up.block_m // config.down_m,
             pdl=config.pdl, early=config.early,
         ), dtype)  # fmt: skip
 
@@ -147,7 +147,9 @@ class Fp8GroupedRunner:
         num_rows: torch.Tensor | None,
     ) -> None:
         num_slots, problem = ids.numel(), self._problem
-        key = step_key((x, x_scale, ids, router_weights, out, num_rows), workspace, x, x_scale, ids, out, num_rows)
+        key = step_key(
+            (x, x_scale, ids, router_weights, out, num_rows), workspace.values(), x, x_scale, ids, out, num_rows
+        )
         self._align(ids, num_rows, workspace, key)
         tiles = align_tiles(num_slots, problem.num_experts, self._block_m)
         self._gemms(x, x_scale, workspace["y"], workspace, Rows(ids, num_rows, 0, tiles, None, key))
@@ -160,6 +162,10 @@ class Fp8BatchedRunner:
     def __init__(self, weights: Fp8Weights, problem: ExpertsProblem, config: Fp8GroupedConfig, dtype: torch.dtype):
         from moe_core.ops._kernels.align import batched_tiles_kernel
 
+        if not (isinstance(config.up, TileConfig) and isinstance(config.down, TileConfig)):
+            raise ValueError(
+                f"{config}: kernels with loading warps take sorted rows; the batched format needs TileConfigs"
+            )
         self._experts, self._block_m = problem.num_experts, config.up.block_m
         constants = {
             "E": problem.num_experts, "EP": 1 << (problem.num_experts - 1).bit_length(), "BM": config.up.block_m,
@@ -178,7 +184,7 @@ class Fp8BatchedRunner:
         capacity: int,
     ) -> None:
         """x, x_scale and out: views with a row for every e * C + i."""
-        key = step_key((x, x_scale, tokens_per_expert, out), workspace, x, x_scale, None, out, None)
+        key = step_key((x, x_scale, tokens_per_expert, out), workspace.values(), x, x_scale, None, out, None)
         self._tiles(
             (1, 1, 1), key, tokens_per_expert, workspace["row_end"], workspace["tile_expert"], workspace["tile_row"],
             workspace["num_tiles"], capacity,

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moe_core.ops._fp8_weights import Fp8Format
+from moe_core.ops._fp8_weights import FP8_GROUP, Fp8Format
 from moe_core.ops._launch import (
+    MAX_ALTERNATING,
     RANGE_ENDS,
+    AlternatingConfig,
     ExpertsProblem,
     ScanConfig,
     SlotsConfig,
@@ -24,9 +26,25 @@ SMALL_STEP = 64 << 20
 """Bytes of weights up to which a single token's step is better off with two kernels that convert weights in registers:
 above, a matrix unit that reads e4m3 by itself outweighs three more launches."""
 
-MANY_ROWS = 192
-"""Mean rows per expert from which tiles of 128 rows with loading warps are the fastest; below, half of them idle."""
+STREAM_TOKENS = 8
+"""Tokens of a step that the stream path takes: the columns of its matrix products."""
 
+MAX_STREAM_SLOTS = 128
+"""Ids of a step that it takes: every program compares each with each."""
+
+STREAM_STEP = 80 << 20
+"""Bytes of weights from which a step is better off on the stream path than by slot: 74 MB took 8 % longer (Qwen3-30B, 2
+tokens), 87 MB 5 % less (DeepSeek-V3, TP 8, 2), 136 MB 1 to 2 % less (Qwen3, 4), 244 MB 13 to 16 % less (Qwen3, 8)."""
+
+TALL_ROWS = 96
+"""Mean rows per expert from which tiles of 128 rows are faster than tiles of 64: −2 % at 64, +1 % at 128."""
+
+MANY_ROWS = 192
+"""Mean rows per expert from which loading warps are the fastest for any format and I; for blocks and I below 2048 they
+are from 24 on. Mixtral's I = 14336 at 64 rows took 495 us in turns, 423 without loading warps."""
+
+MAX_TABLES = 1024
+"""Most experts whose tiles loading warps find by themselves: two tables of them are in shared memory."""
 
 ROOMY = (9, 10)
 """Major compute capabilities whose programs may have 227 KiB of shared memory; the others have 99 KiB."""
@@ -34,47 +52,75 @@ ROOMY = (9, 10)
 
 @dataclass(frozen=True)
 class Fp8SpecializedConfig:
-    """A GEMM with loading warps (see `_kernels/fp8_specialized.py`); its tiles are 128 × 256."""
+    """A GEMM with loading warps (see `_kernels/fp8_specialized.py`); block_m is 128, or 64 for tiles taken in turns."""
 
     stages: int = 4
     group: int = 4
     block_m: int = 128
     warps: int = 4
 
+    def __post_init__(self) -> None:
+        if self.block_m not in (64, 128):
+            raise ValueError(f"{self}: two groups of warps share a tile of 128 rows, or take a tile of 64 in turns")
+
 
 @dataclass(frozen=True)
 class Fp8GroupedConfig:
-    """The align kernel cuts rows into tiles of up.block_m; the down GEMM may cut these further.
+    """The align kernel cuts rows into tiles of up.block_m; the down GEMM may cut these further, or go by experts.
 
     `pdl`: programmatic launch: a kernel comes beside the last programs of the one before it, or, `early`, beside its
     first ones: waiting programs hold shared memory, which many tiles need themselves.
     """
 
     up: TileConfig | Fp8SpecializedConfig
-    down: TileConfig | Fp8SpecializedConfig
+    down: TileConfig | Fp8SpecializedConfig | AlternatingConfig
     pdl: bool = True
     early: bool = True
     path: str = "grouped"
 
     def __post_init__(self) -> None:
-        if self.up.block_m % self.down.block_m:
+        if self.up.block_m % self.down_m:
             raise ValueError(
-                f"Fp8GroupedConfig: down.block_m = {self.down.block_m} must divide up.block_m = {self.up.block_m}"
+                f"Fp8GroupedConfig: down.block_m = {self.down_m} must divide up.block_m = {self.up.block_m}"
             )
 
+    @property
+    def down_m(self) -> int:
+        """Rows of the down GEMM's tiles."""
+        return self.up.block_m if isinstance(self.down, AlternatingConfig) else self.down.block_m
 
-Fp8Config = SlotsConfig | ScanConfig | Fp8GroupedConfig
+
+@dataclass(frozen=True)
+class Fp8StreamConfig:
+    """Two kernels that weights stream through, a program on each multiprocessor (see `_kernels/fp8_stream.py`).
+
+    Buffers hold 16 KiB of weights and come in pairs. With over 128 `registers` a thread the down GEMM's programs stay
+    out until the up GEMM's are done: so their first weights come while act is quantized, when little else is read.
+    """
+
+    up_buffers: int = 6
+    down_buffers: int = 6
+    registers: int = 136
+    path: str = "stream"
+
+    def __post_init__(self) -> None:
+        if self.up_buffers % 2 or self.down_buffers % 2:
+            raise ValueError(f"{self!r}: buffers come in pairs")
+
+
+Fp8Config = SlotsConfig | ScanConfig | Fp8GroupedConfig | Fp8StreamConfig
 Fp8Plan = tuple[tuple[int | None, Fp8Config], ...]
 
 
 def fp8_config(problem: ExpertsProblem, spec: Fp8Format, num_tokens: int, plain: bool = True) -> Fp8Config:
-    """Slots while tokens rarely share an expert, scan while the ids are few, grouped above.
+    """Slots for one token, stream for few that touch many weights, scan while the ids are few, grouped above.
 
     `plain`: silu(gate) · up of two halves, no clamp, no biases: what the specialized kernel computes.
     """
     config = _path_config(problem, spec, num_tokens, plain)
-    # Programmatic launch came with Hopper.
-    return config if problem.capability >= (9, 0) else replace(config, pdl=False)
+    if problem.capability >= (9, 0) or isinstance(config, Fp8StreamConfig):
+        return config
+    return replace(config, pdl=False)  # programmatic launch came with Hopper
 
 
 def fp8_plan(problem: ExpertsProblem, spec: Fp8Format, plain: bool = True) -> Fp8Plan:
@@ -96,6 +142,9 @@ def _path_config(problem: ExpertsProblem, spec: Fp8Format, num_tokens: int, plai
         return slots_config(problem)
     if spec.activations == "tensor":  # the scale of an expert's input needs all of its rows
         return grouped_config(problem, spec, rows, plain)
+    touched = distinct_experts(problem, num_tokens) * weights / problem.top_k
+    if touched >= STREAM_STEP and _streams(problem, spec, num_tokens, plain):
+        return Fp8StreamConfig()
     if num_tokens <= 8 and slots <= 1.25 * distinct_experts(problem, num_tokens):
         return by_slot_config(problem)
     # Rows of weights that do not end with a line of 128 bytes cost the scan 8 to 10 %, tensor maps nothing (gpt-oss).
@@ -103,6 +152,12 @@ def _path_config(problem: ExpertsProblem, spec: Fp8Format, num_tokens: int, plai
     if slots <= MAX_SCAN_SLOTS and rows <= 8 and not (ragged and problem.capability >= (9, 0)):
         return scan_config(problem)
     return grouped_config(problem, spec, rows, plain)
+
+
+def _streams(problem: ExpertsProblem, spec: Fp8Format, num_tokens: int, plain: bool) -> bool:
+    """Whether the stream path can be used."""
+    few = num_tokens <= STREAM_TOKENS and num_tokens * problem.top_k <= MAX_STREAM_SLOTS
+    return few and plain and problem.capability[0] == 9 and spec.activations in ("group", "row")
 
 
 def slots_config(problem: ExpertsProblem) -> SlotsConfig:
@@ -148,16 +203,39 @@ def grouped_config(problem: ExpertsProblem, spec: Fp8Format, rows: float, plain:
             tile = TileConfig(32, 128, 128, 4, 3, small_m=16, tma=tma)
         return Fp8GroupedConfig(tile, tile)
     # From here on one height of tiles: a kernel with two of them lost more registers than the smaller tiles saved.
-    down = TileConfig(64, 128, 128, 4, 3, tma=tma)
-    if rows < MANY_ROWS or problem.capability[0] != 9 or not plain:
+    fits = plain and problem.capability[0] == 9 and problem.num_experts <= MAX_TABLES
+    few_rows_fit = spec.activations == "group" and problem.intermediate_size < 2048
+    if not fits or (rows < MANY_ROWS and not few_rows_fit):
+        down = TileConfig(64, 128, 128, 4, 3, tma=tma)
         return Fp8GroupedConfig(TileConfig(64, 128, 128, 8, 5, tma=tma), down, early=False)
-    # With few tiles a group that divides the number of programs gives some of them all the short ones: at 16 tiles 4
-    # took 984 us, 7 took 918 (Mixtral, 1024 tokens). At 256 tiles 4 was 3 % faster than 8 (Qwen3-30B, 4096 tokens).
-    few = problem.num_experts * rows < 32 * Fp8SpecializedConfig.block_m
-    wide = Fp8SpecializedConfig(group=7 if few else 4)
+    wide = _wide_tiles(problem, rows)
     # Two input scales for gate and up, should they differ, are for the plain kernel.
     up = TileConfig(128, 128, 128, 8, 3, tma=tma) if spec.activations == "static" else wide
+    if _alternating_fits(problem, spec):
+        # 11 % of the GEMM at 32 rows an expert, 28 % at 128 (DeepSeek-V3, TP 8).
+        return Fp8GroupedConfig(up, AlternatingConfig(*((128, 3, 4) if rows < 64 else (256, 2, 4))), early=False)
     return Fp8GroupedConfig(up, wide, early=False)
+
+
+def _wide_tiles(problem: ExpertsProblem, rows: float) -> Fp8SpecializedConfig:
+    if rows < TALL_ROWS:
+        # Neighbouring programs share rows: 1 % faster than groups of 4 (Qwen3-30B, DeepSeek-V3, 1024 tokens).
+        return Fp8SpecializedConfig(5, 1, 64)
+    # With few tiles a group that divides the number of programs gives some of them all the short ones: at 16 tiles 4
+    # took 922 us, 7 took 869 (Mixtral, 1024 tokens). Beyond, 2 % for 2 against 4 (Qwen3-30B, DeepSeek-V3, 4096).
+    few = problem.num_experts * rows < 32 * 128
+    return Fp8SpecializedConfig(group=7 if few else 2 if rows < 384 else 4)
+
+
+def _alternating_fits(problem: ExpertsProblem, spec: Fp8Format) -> bool:
+    """Whether the down GEMM of two warpgroups in turns, Hopper's own, can be used and has enough to do."""
+    blocks = problem.num_experts * -(-problem.hidden_size // FP8_GROUP)
+    return (
+        problem.capability[0] == 9
+        and spec.activations == "group"
+        and problem.intermediate_size <= MAX_ALTERNATING
+        and blocks >= 4 * problem.num_sms
+    )
 
 
 def _low_tiles(problem: ExpertsProblem, tma: bool) -> Fp8GroupedConfig:

@@ -5,6 +5,7 @@ T tokens · H hidden · I intermediate · E_l local experts · K top-k.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,11 +26,14 @@ class Fp8ScanRunner:
         self._quant = spec.activations
         assert self._quant != "tensor", "scales of all rows of an expert belong to the grouped path"
         self._rows_13 = self._rows_2 = self._by_expert = None
+        self._buffers = ["act", "y", "arrivals"]  # each costs host time when it is first looked at, so no others
         if self._quant in ("group", "row"):
+            self._buffers += ["x_q", "x_scale", "act_q", "act_scale"]
             options = {"by_group": self._quant == "group", "power_of_two": spec.power_of_two, "pdl": pdl}
             self._rows_13 = QuantizeRows(problem.hidden_size, **options)
             self._rows_2 = QuantizeRows(problem.intermediate_size, **options)
         elif self._quant == "static":
+            self._buffers += ["act_q"]
             stride = weights.halves("input13")[0].stride(0)
             self._by_expert = QuantizeByExpert(problem.hidden_size, problem.num_experts, problem.top_k, stride, pdl=pdl)
         self._gates = [half for name in ("w13", "scale13", "input13") for half in weights.halves(name)]
@@ -83,34 +87,35 @@ class Fp8ScanRunner:
         if launches is None:
             launches = self._launches[padded] = self._prepare(padded)
         up, down = launches
-        key = step_key((x, x_scale, ids, router_weights, out, num_rows), workspace, x, x_scale, ids, out, num_rows)
+        space = {name: workspace[name] for name in self._buffers}
+        key = step_key((x, x_scale, ids, router_weights, out, num_rows), space.values(), x, x_scale, ids, out, num_rows)
+        act, y, arrivals = space["act"], space["y"], space["arrivals"]
         rows = x_up = x
-        act, act_scale = workspace["act"], None
+        act_in, act_scale = act, None
         if self._by_expert is not None:
-            rows, x_up = quantized_twice(workspace["y"], num_slots, problem.hidden_size)
+            rows, x_up = quantized_twice(y, num_slots, problem.hidden_size)
             gate, up_scale = self._gates[4:6]
             self._by_expert(x, ids, None, None, rows, x_up, gate, up_scale, num_rows, 0, key)
-            act = workspace["act_q"]
+            act = act_in = space["act_q"]
         elif self._rows_13 is not None and x_scale is None:
-            rows, x_scale = workspace["x_q"], workspace["x_scale"]
+            rows, x_scale = space["x_q"], space["x_scale"]
             self._rows_13(x, rows, x_scale, key)
         programs = num_slots if config.by_slot else problem.num_experts
         up(
             (-(-problem.intermediate_size // config.up.block_n), programs, 1), key,
             rows, x_up, x_scale, ids, num_rows, *self._gates, weights.input2, *weights.halves("bias13"), act,
-            workspace.get("arrivals"), num_slots,
-            rows.stride(0), 0 if x_scale is None else x_scale.stride(0),
+            arrivals, num_slots, rows.stride(0), 0 if x_scale is None else x_scale.stride(0),
         )  # fmt: skip
         if self._rows_2 is not None:
-            act, act_scale = workspace["act_q"], workspace["act_scale"]
-            self._rows_2(workspace["act"][:num_slots], act, act_scale, key)
+            act_in, act_scale = space["act_q"], space["act_scale"]
+            self._rows_2(act if act.shape[0] == num_slots else act[:num_slots], act_in, act_scale, key)
         down(
             (-(-problem.hidden_size // config.down.block_n), programs, 1), key,
-            act, act_scale, ids, router_weights, num_rows, weights.w2, weights.scale2, weights.input2, weights.bias2,
-            workspace["y"], out, workspace.get("arrivals"), num_slots, out.stride(0),
+            act_in, act_scale, ids, router_weights, num_rows, weights.w2, weights.scale2, weights.input2, weights.bias2,
+            y, out, arrivals, num_slots, out.stride(0),
         )  # fmt: skip
         if not config.by_slot:
-            self._reduce(workspace["y"], ids, router_weights, None, num_rows, out)
+            self._reduce(y, ids, router_weights, None, num_rows, out)
 
 
 def quantized_twice(y: torch.Tensor, rows: int, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,7 +125,7 @@ def quantized_twice(y: torch.Tensor, rows: int, hidden: int) -> tuple[torch.Tens
 
 
 def step_key(
-    given: tuple[torch.Tensor | None, ...], workspace: dict[str, torch.Tensor], x: torch.Tensor,
+    given: tuple[torch.Tensor | None, ...], buffers: Iterable[torch.Tensor], x: torch.Tensor,
     x_scale: torch.Tensor | None, ids: torch.Tensor | None, out: torch.Tensor, num_rows: torch.Tensor | None,
 ) -> tuple[object, ...] | None:  # fmt: skip
     """The key of `KernelLaunch` for a step, None where a pointer is not on a 16-byte border."""
@@ -128,7 +133,7 @@ def step_key(
     for tensor in given:
         if tensor is not None:
             pointers |= tensor.data_ptr()
-    for buffer in workspace.values():
+    for buffer in buffers:
         pointers |= buffer.data_ptr()
     if pointers % 16:
         return None

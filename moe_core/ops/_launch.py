@@ -40,6 +40,7 @@ class ExpertsProblem:
         w13_tma, w2_tma: strides and address suit a tensor map.
         capability: compute capability, as (9, 0).
         num_sms: multiprocessors of the device.
+        all_experts: E. Rows that other ranks share have ids of all experts, those of other ranks' -1 here. 0: E_l.
     """
 
     num_experts: int
@@ -55,6 +56,11 @@ class ExpertsProblem:
     w2_tma: bool = True
     capability: tuple[int, int] = (9, 0)
     num_sms: int = 132
+    all_experts: int = 0
+
+    def rows_per_expert(self, num_tokens: int) -> float:
+        """Mean number of rows that an expert gets from T tokens under uniform routing."""
+        return num_tokens * self.top_k / (self.all_experts or self.num_experts)
 
 
 @dataclass(frozen=True)
@@ -182,7 +188,7 @@ def default_config(problem: ExpertsProblem, num_tokens: int) -> ExpertsConfig:
 
 def _path_config(problem: ExpertsProblem, num_tokens: int) -> ExpertsConfig:
     slots = num_tokens * problem.top_k
-    rows = slots / problem.num_experts
+    rows = problem.rows_per_expert(num_tokens)
     # Slots read an expert once per slot: worth it while duplicates are few.
     if num_tokens == 1 or (num_tokens <= 8 and slots <= 1.25 * distinct_experts(problem, num_tokens)):
         return slots_config(problem, num_tokens)

@@ -151,7 +151,7 @@ def default_nvfp4_plan(problem: ExpertsProblem) -> Nvfp4Plan:
 def default_nvfp4_config(problem: ExpertsProblem, num_tokens: int) -> Nvfp4Config:
     """Slots while tokens rarely share an expert, then rows, and GEMMs where weights no longer bind."""
     slots = num_tokens * problem.top_k
-    rows = slots / problem.num_experts
+    rows = problem.rows_per_expert(num_tokens)
     config: Nvfp4SlotsConfig | Nvfp4RowsConfig
     if num_tokens == 1 or (num_tokens <= MAX_BY_SLOT and slots <= 1.25 * distinct_experts(problem, num_tokens)):
         config = _slots_config(problem, num_tokens)

@@ -245,13 +245,14 @@ Lists = tuple["torch.Tensor | None", torch.Tensor, torch.Tensor, torch.Tensor, "
 
 class _UpGemm:
     def __init__(
-        self, tile: GemmTile, weights: Nvfp4Weights, problem: ExpertsProblem, *, weight_on_input: bool, gather: bool
-    ):
+        self, tile: GemmTile, weights: Nvfp4Weights, problem: ExpertsProblem, *, weight_on_input: bool, gather: bool,
+        pdl: bool = False,
+    ):  # fmt: skip
         self._weights, self._inner, self._rows = weights, problem.intermediate_size, weights.w13.shape[1]
         self._scale = weights.w13_scale.view(torch.uint8)
         self._launch = _gemm(
             tile, problem, {**weights.activation.constants(), "WEIGHT_ON_INPUT": weight_on_input},
-            LEN=problem.hidden_size, R=self._rows, N=self._inner, UP=True, GATHER=gather, SPLIT=1,
+            pdl=pdl, LEN=problem.hidden_size, R=self._rows, N=self._inner, UP=True, GATHER=gather, SPLIT=1,
         )  # fmt: skip
 
     def __call__(
@@ -269,11 +270,13 @@ class _UpGemm:
 class _DownGemm:
     """`split` of its tiles make one of the list's."""
 
-    def __init__(self, tile: GemmTile, weights: Nvfp4Weights, problem: ExpertsProblem, split: int):
+    def __init__(
+        self, tile: GemmTile, weights: Nvfp4Weights, problem: ExpertsProblem, split: int, *, pdl: bool = False
+    ):
         self._weights, self._inner, self._hidden = weights, problem.intermediate_size, problem.hidden_size
         self._scale, self._split = weights.w2_scale.view(torch.uint8), split
         self._launch = _gemm(
-            tile, problem, {**weights.activation.constants(), "WEIGHT_ON_INPUT": False}, LEN=self._inner,
+            tile, problem, {**weights.activation.constants(), "WEIGHT_ON_INPUT": False}, pdl=pdl, LEN=self._inner,
             R=self._hidden, N=self._hidden, UP=False, GATHER=False, SPLIT=split,
         )  # fmt: skip
 
@@ -288,17 +291,19 @@ class _DownGemm:
         )  # fmt: skip
 
 
-def _gemm(tile: GemmTile, problem: ExpertsProblem, constants: dict[str, Any], **sizes: Any) -> KernelLaunch:
+def _gemm(
+    tile: GemmTile, problem: ExpertsProblem, constants: dict[str, Any], *, pdl: bool, **sizes: Any
+) -> KernelLaunch:
     from moe_core.ops._kernels.nvfp4_gemm import nvfp4_gemm_kernel
 
     if min(problem.hidden_size, problem.intermediate_size) < SHORTEST:
         raise ValueError(
             f"GemmTile needs H and I of at least {SHORTEST}, not {problem.hidden_size} and {problem.intermediate_size}"
         )
-    own = {"K": problem.top_k, "BN": tile.block_n, "STAGES": tile.stages, "GROUP": tile.group}
+    own = {"K": problem.top_k, "BN": tile.block_n, "STAGES": tile.stages, "GROUP": tile.group, "PDL": pdl}
     if tile.registers:
         own["maxnreg"] = tile.registers
-    return KernelLaunch(nvfp4_gemm_kernel, {**constants, **own, **sizes}, warps=8)
+    return KernelLaunch(nvfp4_gemm_kernel, {**constants, **own, **sizes}, warps=8, pdl=pdl)
 
 
 class _AlternatingDown:
@@ -332,7 +337,7 @@ class Batched:
 
     def __init__(self, config: Nvfp4BatchedConfig, weights: Nvfp4Weights, problem: ExpertsProblem):
         self._rows = RowsGemms(config.rows, weights, problem, weight_on_input=False, batched=True, few=config.few)
-        self._gemms = None if config.tile is None else _BatchedGemms(config.tile, config.few, weights, problem)
+        self._gemms = None if config.tile is None else _BatchedGemms(config, config.tile, weights, problem)
 
     def __call__(
         self,
@@ -352,24 +357,28 @@ class Batched:
 
 
 class _BatchedGemms:
-    """Four launches: list tiles, permute, both products. Programs walk the tiles, so idle capacity costs nothing."""
+    """Four launches: list tiles, permute, both products. Programs walk the tiles, so idle capacity costs nothing.
 
-    def __init__(self, tile: GemmTile, few: int, weights: Nvfp4Weights, problem: ExpertsProblem):
+    Each waits for the one before on the device: where no expert has many rows, that is all that they do.
+    """
+
+    def __init__(self, config: Nvfp4BatchedConfig, tile: GemmTile, weights: Nvfp4Weights, problem: ExpertsProblem):
         from moe_core.ops._kernels.align import batched_tiles_kernel
         from moe_core.ops._kernels.nvfp4_prepare import nvfp4_permute_batched_kernel
 
-        experts, hidden = problem.num_experts, problem.hidden_size
+        experts, hidden, pdl = problem.num_experts, problem.hidden_size, config.rows.pdl
         self._problem, self._tile, self._programs = problem, tile, 2 * problem.num_sms
         self._list = KernelLaunch(
             batched_tiles_kernel,
-            {"E": experts, "EP": 1 << (experts - 1).bit_length(), "BM": tile.block_n, "FEW": few, "PDL": False},
-            warps=4,
+            {"E": experts, "EP": 1 << (experts - 1).bit_length(), "BM": tile.block_n, "FEW": config.few, "PDL": pdl},
+            warps=4, pdl=pdl,
         )  # fmt: skip
         self._permute = KernelLaunch(
-            nvfp4_permute_batched_kernel, {"H": hidden, "FEW": few, "BT": 8, "BH": 512}, warps=4
-        )
-        self._up = _UpGemm(tile, weights, problem, weight_on_input=False, gather=False)
-        self._down = _DownGemm(tile, weights, problem, 1)
+            nvfp4_permute_batched_kernel, {"H": hidden, "BM": tile.block_n, "BT": 8, "BH": 512, "PDL": pdl},
+            warps=4, pdl=pdl,
+        )  # fmt: skip
+        self._up = _UpGemm(tile, weights, problem, weight_on_input=False, gather=False, pdl=pdl)
+        self._down = _DownGemm(tile, weights, problem, 1, pdl=pdl)
 
     def __call__(
         self,
@@ -385,11 +394,10 @@ class _BatchedGemms:
         row_end, tile_expert, tile_row, num_tiles = (
             workspace[name] for name in ("row_end", "tile_expert", "tile_row", "num_tiles")
         )
-        self._list((1, 1, 1), key, counts, row_end, tile_expert, tile_row, num_tiles, capacity)
-        grid = (min(-(-capacity // 8), 16), -(-self._problem.hidden_size // 512), experts)
-        self._permute(grid, key, x, counts, out, capacity, x.stride(0), stride_out, *shifts)
-        tiles = experts * -(-capacity // self._tile.block_n)
         lists = (None, row_end, tile_expert, tile_row, num_tiles)
+        self._list((1, 1, 1), key, counts, *lists[1:], capacity)
+        self._permute((8 * self._programs, 1, 1), key, x, *lists[1:], out, x.stride(0), stride_out, *shifts)
+        tiles = experts * -(-capacity // self._tile.block_n)
         self._up(out, stride_out, lists, None, None, act, tiles, key, self._programs, shifts[1])
         self._down(act, lists, out, stride_out, tiles, key, self._programs, shifts[1])
 

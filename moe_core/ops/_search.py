@@ -113,7 +113,7 @@ def _search_scan(problem: ExpertsProblem, tokens: int) -> Search:
         ups = ((32, 64, 4, 5), (32, 128, 4, 4), (16, 128, 4, 5), (32, 128, 8, 4), (16, 256, 4, 3))
         downs = ((64, 128, 4, 4), (32, 128, 4, 5), (64, 128, 4, 5), (32, 256, 4, 4), (64, 64, 4, 6), (128, 64, 4, 5))
     else:
-        rows = tokens * problem.top_k / problem.num_experts
+        rows = problem.rows_per_expert(tokens)
         heights = (16,) if rows < 6 else (16, 32) if rows < 14 else (32,)
         ups = ((32, 256, 4, 3), (32, 128, 4, 4), (64, 128, 4, 4), (32, 128, 4, 5), (64, 64, 4, 5), (16, 256, 4, 4))
         downs = (
@@ -129,7 +129,7 @@ def _search_scan(problem: ExpertsProblem, tokens: int) -> Search:
 
 
 def _search_grouped(problem: ExpertsProblem, tokens: int) -> Search:
-    rows = tokens * problem.top_k / problem.num_experts
+    rows = problem.rows_per_expert(tokens)
     hopper = problem.capability >= (9, 0)
     up_tma = hopper and problem.w13_tma and tensor_map_takes_pairs(problem)
     down_tma = hopper and problem.w2_tma

@@ -31,7 +31,7 @@ from moe_core.ops.activation import Activation, activate_torch
 WorkspaceShapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-def experts_problem(weights: LayerWeights, top_k: int) -> ExpertsProblem:
+def experts_problem(weights: LayerWeights, top_k: int, all_experts: int = 0) -> ExpertsProblem:
     """The host-known facts on which the launch choice depends; asks the device for its size, launches nothing."""
     capability, num_sms = (9, 0), 132
     if weights.w13.is_cuda:
@@ -51,6 +51,7 @@ def experts_problem(weights: LayerWeights, top_k: int) -> ExpertsProblem:
         w2_tma=tensor_map_fits(weights.w2) and experts_are_neighbours(weights.w2),
         capability=capability,
         num_sms=num_sms,
+        all_experts=all_experts,
     )
 
 
@@ -86,6 +87,7 @@ class ExpertsLauncher:
         bias13, bias2: `[E_l, 2I]` and `[E_l, H]`, contiguous, or None.
         weight_on_input: the router weight multiplies the input row and not the result, also for K > 1.
         plan: launch parameters per range of T; None: the table of this device and shape, else the heuristics.
+        all_experts: E, where ids of other ranks' experts are -1 here: what tiles are chosen by. 0: all are here.
 
     Weights are used where they are: nothing is copied. When they move, call `bind`.
     """
@@ -101,8 +103,10 @@ class ExpertsLauncher:
         bias2: torch.Tensor | None = None,
         weight_on_input: bool = False,
         plan: ExpertsPlan | None = None,
+        all_experts: int = 0,
     ):
         self.top_k = top_k
+        self.all_experts = all_experts
         self.activation = activation
         self.weight_on_input = weight_on_input
         self._given_plan = plan
@@ -117,7 +121,7 @@ class ExpertsLauncher:
     ) -> None:
         """Uses these weights from now on (shapes as in the constructor)."""
         self.weights = LayerWeights(w13, w2, bias13, bias2, self.activation)
-        self.problem = experts_problem(self.weights, self.top_k)
+        self.problem = experts_problem(self.weights, self.top_k, self.all_experts)
         device = torch.cuda.get_device_name(w13.device) if w13.is_cuda else ""
         self.plan, self._plan_source = choose_plan(self.problem, device)
         if self._given_plan is not None:

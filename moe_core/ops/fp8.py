@@ -13,10 +13,18 @@ from typing import Any
 import torch
 
 from moe_core.ops._fp8_grouped import Fp8BatchedRunner, Fp8GroupedRunner
-from moe_core.ops._fp8_launch import Fp8Config, Fp8GroupedConfig, Fp8Plan, fp8_batched_config, fp8_config
+from moe_core.ops._fp8_launch import (
+    Fp8Config,
+    Fp8GroupedConfig,
+    Fp8Plan,
+    Fp8StreamConfig,
+    fp8_batched_config,
+    fp8_config,
+)
 from moe_core.ops._fp8_quantize import AMAX_PARTS
 from moe_core.ops._fp8_scan import Fp8ScanRunner
 from moe_core.ops._fp8_slots import Fp8SlotsRunner
+from moe_core.ops._fp8_stream import Fp8StreamRunner, stream_workspace
 from moe_core.ops._fp8_weights import Fp8Format, Fp8Weights
 from moe_core.ops._launch import (
     MAX_BY_SLOT,
@@ -38,8 +46,10 @@ def fp8_workspace(problem: ExpertsProblem, spec: Fp8Format, dtype: torch.dtype, 
     """
     slots = num_tokens * problem.top_k
     tiles = align_tiles(slots, problem.num_experts, MIN_BLOCK_M)
+    unit_rows, parts = stream_workspace(problem, num_tokens)
+    rows = max(slots, unit_rows) if spec.activations in ("group", "row") else slots
     shapes: WorkspaceShapes = {
-        "act": ((slots, problem.intermediate_size), dtype),
+        "act": ((rows, problem.intermediate_size), dtype),
         "y": ((slots, problem.hidden_size), dtype),
         "slot_of_row": ((slots,), torch.int32),
         "row_of_slot": ((slots,), torch.int32),
@@ -48,8 +58,10 @@ def fp8_workspace(problem: ExpertsProblem, spec: Fp8Format, dtype: torch.dtype, 
         "tile_row": ((tiles,), torch.int32),
         "arrivals": ((min(num_tokens, MAX_BY_SLOT) * -(-problem.hidden_size // MIN_BLOCK_M),), torch.int32),
     }
+    if spec.activations in ("group", "row"):
+        shapes["parts"] = ((parts,), torch.float32)
     # An expert's input under a scale of its own is quantized into y, which is written after it was read.
-    return shapes | _quantized(problem, spec, num_tokens, slots)
+    return shapes | _quantized(problem, spec, num_tokens, rows)
 
 
 def fp8_batched_workspace(
@@ -198,6 +210,8 @@ class Fp8ExpertsLauncher:
         if runner is None:
             if isinstance(config, SlotsConfig):
                 runner = Fp8SlotsRunner(self.weights, self.problem, config)
+            elif isinstance(config, Fp8StreamConfig):
+                runner = Fp8StreamRunner(self.weights, self.problem, config)
             else:
                 kinds = {ScanConfig: Fp8ScanRunner, Fp8GroupedConfig: Fp8GroupedRunner}
                 runner = kinds[type(config)](self.weights, self.problem, config, self.dtype)

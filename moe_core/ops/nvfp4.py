@@ -69,7 +69,7 @@ class Nvfp4Weights:
         if hidden % 64 or inner % 64:
             raise ValueError(f"H = {hidden}, I = {inner}: the NVFP4 kernels need multiples of 64")
 
-    def problem(self, top_k: int) -> ExpertsProblem:
+    def problem(self, top_k: int, all_experts: int = 0) -> ExpertsProblem:
         """The host-known facts on which the launch choice depends; asks the device for its size, launches nothing."""
         capability, num_sms = (9, 0), 132
         if self.w13.is_cuda:
@@ -79,6 +79,7 @@ class Nvfp4Weights:
             num_experts=self.w13.shape[0], top_k=top_k, hidden_size=self.w2.shape[1],
             intermediate_size=2 * self.w2.shape[2], gated=self.activation.gated,
             interleaved=self.activation.gate_up_layout == "interleaved", capability=capability, num_sms=num_sms,
+            all_experts=all_experts,
         )  # fmt: skip
 
 
@@ -90,6 +91,7 @@ class Nvfp4ExpertsLauncher:
         top_k: K.
         weight_on_input: the router weight multiplies the input row and not the result.
         plan: launch parameters per range of T; None: the heuristics.
+        all_experts: E, where ids of other ranks' experts are -1 here: what kernels are chosen by. 0: all are here.
     """
 
     def __init__(
@@ -99,8 +101,9 @@ class Nvfp4ExpertsLauncher:
         top_k: int,
         weight_on_input: bool = False,
         plan: Nvfp4Plan | None = None,
+        all_experts: int = 0,
     ):
-        self.weights, self.problem = weights, weights.problem(top_k)
+        self.weights, self.problem = weights, weights.problem(top_k, all_experts)
         self.plan = default_nvfp4_plan(self.problem) if plan is None else plan
         self._weight_on_input = weight_on_input
         self._runners: dict[Nvfp4Config, Runner] = {}

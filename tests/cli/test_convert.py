@@ -58,5 +58,3 @@ def test_refusals_are_one_message(checkpoints, refused, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
     assert "exists already" in refused("convert", checkpoints("Mixtral"), tmp_path / "full", "--to", "nvfp4")
-    said = refused("run", checkpoints("Mixtral"), "--scheme", "nvfp4")
-    assert "for packed weights, and these are floating point" in said

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from moe_core.watchdog import EXIT_CODE
+
 PROGRAM = """
 import os, sys, torch, torch.distributed as dist
 from moe_core.errors import CollectiveError
@@ -110,6 +112,29 @@ def test_a_rank_whose_peer_died_says_who_it_is_and_what_it_was_in(tmp_path: Path
     assert whole.startswith("rank 0 of 2 in all_to_all: ")
     assert halves.startswith("rank 0 of 2 in all_gather: ")
     assert "another rank died, or did not come" in survivor
+
+
+LATE = """
+import sys, time, torch, torch.distributed as dist
+from moe_core.group import TorchGroup
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+group = TorchGroup(timeout_s=0.5)
+group._connects_late = True  # as NCCL does
+group.all_gather(torch.ones(1))
+time.sleep(0.7)
+group.all_gather(torch.ones(1))
+dist.all_reduce = lambda *arguments, **options: time.sleep(60)
+print("connected", flush=True)
+group.all_reduce(torch.ones(1))
+"""
+
+
+def test_a_connection_that_never_comes_ends_the_process(tmp_path: Path):
+    """In the first call of a collective, and only while it lasts."""
+    command = [sys.executable, "-c", LATE, str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (EXIT_CODE, "connected\n"), done.stderr
+    assert "rank 0 of 1, connecting for its first all_reduce: not done within 0.5 s; another rank died" in done.stderr
 
 
 def test_a_group_without_a_process_group_says_what_to_do():

@@ -1,12 +1,12 @@
-"""One of two ranks on two GPUs, which fail in turn: `python rank_faults.py RANK STORE WHAT…`.
+"""One of two ranks on two GPUs, which fail: `python rank_faults.py RANK STORE FAULT DISPATCH`.
 
-Rank 0 prints a line for each fault: the dispatch, the fault, seconds, and the error. Rank 1 makes the faults.
+Rank 0 prints a line: the dispatch, the fault, seconds, and the error. Rank 1 makes the fault.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
-import importlib.util
 import os
 import sys
 import time
@@ -34,12 +34,11 @@ def say(*what: object) -> None:
     print(*what, flush=True)
 
 
-def register(name: str, package: str) -> bool:
-    """Installed, or beside this folder; does it run here?"""
+def register(name: str, package: str) -> None:
+    """Installed, or beside this folder."""
     if name not in registry().dispatch:
         sys.path.insert(0, str(Path(__file__).parents[2] / "plugins" / package))
         moe_core.register_plugin(importlib.import_module(f"{package}.plugin"), name)
-    return registry().dispatch[name].probe().ok
 
 
 def layer(
@@ -97,29 +96,60 @@ def absent_from_a_graph(dispatch: str, rank: int, how: str) -> None:
     torch.cuda.synchronize()  # the late one has come by then
 
 
+def absent(dispatch: str, rank: int) -> None:
+    """Rank 1 never builds the layer."""
+    if rank == 0:
+        told(dispatch, "absent", lambda: layer(dispatch, rank))
+    else:
+        dist.new_group()  # of the layer's group, of which every rank is asked
+        time.sleep(LATE_S)
+
+
+def unconnected(dispatch: str, rank: int) -> None:
+    """Rank 1 builds the layer, but is gone when the first connection is made."""
+    if rank == 1 and dispatch == "nixl_ep":
+        importlib.import_module("moe_nixl_ep.buffers").choose_transport = lambda version: time.sleep(60)
+    made, x, logits = layer(dispatch, rank, collectives_s=TIMEOUT_S)
+    if rank == 1:
+        time.sleep(60)
+
+    def step() -> None:
+        made(x, router_logits=logits)
+        made.check()
+
+    told(dispatch, "unconnected", step)
+
+
+def unanswered(dispatch: str, rank: int) -> None:
+    """Rank 1 is gone from an eager step: torch's own watchdog ends rank 0."""
+    made, x, logits = layer(dispatch, rank, collectives_s=TIMEOUT_S)
+    made(x, router_logits=logits)
+    torch.cuda.synchronize()
+    time.sleep(rank * 60)
+    made(x, router_logits=logits)
+    torch.cuda.synchronize()
+
+
+FAULTS: dict[str, Callable[[str, int], None]] = {
+    "config": another_config,
+    "absent": absent,
+    "unconnected": unconnected,
+    "unanswered": unanswered,
+    "late": functools.partial(absent_from_a_graph, how="late"),
+    "dead": functools.partial(absent_from_a_graph, how="dead"),
+}
+PACKAGES = {"batched": "moe_batched", "nixl_ep": "moe_nixl_ep"}
+
+
 def main() -> None:
-    rank, store, faults = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    rank, (store, fault, dispatch) = int(sys.argv[1]), sys.argv[2:]
     torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "nccl", init_method=f"file://{store}", rank=rank, world_size=2, device_id=torch.device("cuda", rank)
-    )
-    register("batched", "moe_batched")
-    dispatches = ["all_gather", "batched"] + ["nixl_ep"] * register("nixl_ep", "moe_nixl_ep")
-    if "eager" in faults:  # torch's own watchdog ends this process
-        made, x, logits = layer("all_gather", rank, collectives_s=TIMEOUT_S)
-        made(x, router_logits=logits)
-        torch.cuda.synchronize()
-        time.sleep(rank * 60)
-        made(x, router_logits=logits)
-        torch.cuda.synchronize()
-    if "config" in faults:
-        for dispatch in dispatches:
-            another_config(dispatch, rank)
-    if "late" in faults:
-        for dispatch in dispatches:
-            absent_from_a_graph(dispatch, rank, "late")
-    if "dead" in faults:
-        absent_from_a_graph("batched", rank, "dead")
+    # With its device known, NCCL connects at once, and not in the first step.
+    known = None if fault == "unconnected" else torch.device("cuda", rank)
+    dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=2, device_id=known)
+    if dispatch in PACKAGES:
+        register(dispatch, PACKAGES[dispatch])
+    FAULTS[fault](dispatch, rank)
     os._exit(0)  # groups that have failed are not shut down
 
 

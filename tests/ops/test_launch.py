@@ -4,7 +4,10 @@ import dataclasses
 import itertools
 
 import pytest
+import torch
 
+import moe_core
+from moe_core.builtin.triton_experts import TritonExperts
 from moe_core.ops import (
     AlternatingConfig,
     ExpertsProblem,
@@ -19,6 +22,7 @@ from moe_core.ops import (
 from moe_core.ops._launch import align_tiles, batched_config, default_config, distinct_experts, grouped_config
 from moe_core.ops._tuned import TABLES
 from moe_core.ops.experts import experts_workspace
+from moe_core.types import ActivationFormat, Device
 
 QWEN3 = ExpertsProblem(128, 8, 2048, 768)
 MIXTRAL = ExpertsProblem(8, 2, 4096, 14336)
@@ -48,6 +52,32 @@ def test_a_plan_that_ends_too_early_says_so():
     plan = ((4, SlotsConfig(2, 512, 4, 4, 256, 4)),)
     with pytest.raises(ValueError, match="ends at T = 4, asked for T = 5"):
         config_for(plan, 5)
+
+
+def test_tiles_are_as_high_as_the_rows_that_come_not_as_those_that_could():
+    """Of 4 ranks' rows a quarter of the ids is here: 512 rows fill tiles as 128 rows of a layer on one rank do."""
+    alone = ExpertsProblem(64, 8, 7168, 2048)
+    shared = dataclasses.replace(alone, all_experts=256)
+    for tokens in (128, 512, 2048):
+        assert default_config(shared, 4 * tokens) == default_config(alone, tokens) != default_config(alone, 4 * tokens)
+    # How many ids there are to look at stays what it is.
+    assert default_config(alone, 32).path == "scan"
+    assert default_config(shared, 128).path == "grouped"
+
+
+def test_a_layer_over_ranks_knows_that_most_ids_are_not_here():
+    config = moe_core.MoEConfig(
+        num_experts=256,
+        top_k=8,
+        hidden_size=7168,
+        intermediate_size=2048,
+        dtype=torch.bfloat16,
+        max_tokens_per_rank=128,
+    )
+    parallel = moe_core.MoEParallelConfig.fold(dp_size=4, dp_rank=0, expert_parallel=True)
+    ranges = TritonExperts(config, parallel).launch_ranges(ActivationFormat.STANDARD, Device("cuda", (9, 0)))
+    told = next(item.what for item in reversed(ranges) if item.first_row <= 512)
+    assert told.startswith("grouped, up 32x64x128"), told
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

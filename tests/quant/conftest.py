@@ -5,6 +5,7 @@ Shape letters: T tokens · H hidden · I intermediate · E experts.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -96,6 +97,31 @@ def tokens_of(tokens: int, config: MoEConfig, seed: int = 2) -> torch.Tensor:
 def relative(got: torch.Tensor, truth: torch.Tensor) -> float:
     """Relative Frobenius error."""
     return float((got.double() - truth).norm() / truth.norm())
+
+
+@pytest.fixture(scope="session")
+def nvfp4_of_the_library() -> Callable[[torch.Tensor, float], torch.Tensor]:
+    """(x, inverse global scale) → what compressed-tensors makes of a linear layer's NVFP4 input, fp32."""
+    pytest.importorskip("loguru", reason="compressed-tensors is not installed whole: pip install moe-core[oracles]")
+    pytest.importorskip("compressed_tensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from compressed_tensors.quantization import QuantizationArgs
+        from compressed_tensors.quantization.lifecycle import forward
+        from compressed_tensors.quantization.utils import calculate_qparams
+    args = QuantizationArgs(
+        num_bits=4, type="float", symmetric=True, strategy="tensor_group", group_size=16,
+        scale_dtype=torch.float8_e4m3fn,
+    )  # fmt: skip
+
+    def through(x: torch.Tensor, inverse: float) -> torch.Tensor:
+        top = torch.tensor([inverse])
+        groups = x.unflatten(-1, (-1, 16))
+        scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args, global_scale=top)
+        codes = forward.quantize(x, scale, zero, args, global_scale=top)
+        return forward.dequantize(codes, scale, zero, args, global_scale=top).float()
+
+    return through
 
 
 @pytest.fixture

@@ -77,6 +77,33 @@ def test_fp8_activations_are_the_formats_own_quantizer(scheme, dispatch, layer):
 
 
 @pytest.mark.parametrize("dispatch", ["local", "batched"])
+def test_w4a4_is_bit_by_bit_what_compressed_tensors_makes_of_both_inputs(dispatch, layer, nvfp4_of_the_library):
+    made = layer("nvfp4_w4a4", dispatch=dispatch)
+    config = made.plan.config
+    inverse = {"gate": 672.0, "up": 672.0, "down": 5376.0}
+    for expert in range(config.num_experts):
+        for name, value in inverse.items():
+            made.experts.load_expert(expert, f"{name}_inverse_input_scale", torch.tensor([value]))
+    made.experts.pack_weights()
+    x, routing = tokens_of(12, config), routing_of(12, config)
+    weights = dequantize_weights(made.experts.weights, made.plan.scheme.weight)
+    expected = torch.zeros_like(x)
+    for expert in range(config.num_experts):
+        row, choice = torch.where(routing.topk_ids == expert)
+        if not len(row):
+            continue
+        h = nvfp4_of_the_library(x[row], inverse["up"]) @ weights.w13[expert].T
+        act = activation_reference(h, config.activation)
+        y = nvfp4_of_the_library(act, inverse["down"]) @ weights.w2[expert].T
+        expected.index_add_(0, row, y * routing.topk_weights[row, choice].unsqueeze(1))
+    if dispatch == "local":
+        assert torch.equal(made(x, routing), expected)
+    else:  # the same rows, added up in another order
+        assert relative(made(x, routing), expected.double()) <= 1e-6
+    assert relative(made.truth(x, routing), expected.double()) >= 0.05, "the quantizer does something"
+
+
+@pytest.mark.parametrize("dispatch", ["local", "batched"])
 @pytest.mark.parametrize("scheme", ["fp8_block", "fp8_channel", "nvfp4", "nvfp4_w4a4"])
 @pytest.mark.parametrize(
     "activation",

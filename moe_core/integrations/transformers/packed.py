@@ -2,11 +2,13 @@
 
     from moe_core.integrations.transformers.packed import from_pretrained
     model = from_pretrained(folder)
+    model = from_pretrained(floating_point_folder, scheme="nvfp4")  # experts are quantized while they load
 
 transformers has one quantizer for each format, and its own for some of these loses scales. This one is for all: the
 installed plugins' `from_checkpoint_config` says who reads the format, that method's names say which tensors belong
 together, and its `QuantSpec` what they stand for. Dense layers are dequantized to the model dtype while they load;
-experts are streamed from the same files into a `RoutedExperts` each, and run by a plan.
+experts are streamed from the same files into a `RoutedExperts` each, and run by a plan. A checkpoint of floating-point
+weights goes the same way under a scheme's name: its experts are quantized one after the other, all else stays as it is.
 
 Formats that transformers has no quantizer for (ModelOpt's) come here from its own `from_pretrained` too, once this
 module is imported.
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import contextvars
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +70,7 @@ class _Request:
     group: Group | None = None
     debug: bool = False
     max_tokens_per_rank: int | None = None
+    progress: Callable[[int, int], None] | None = None
 
 
 _asked: contextvars.ContextVar[_Request | None] = contextvars.ContextVar("moe_core_packed_request", default=None)
@@ -82,21 +86,24 @@ def from_pretrained(
     group: Group | None = None,
     debug: bool = False,
     max_tokens_per_rank: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
     auto_class: Any = AutoModelForCausalLM,
     **arguments: Any,
 ) -> Any:
-    """A transformers model of a quantized checkpoint folder, its experts packed.
+    """A transformers model of a checkpoint folder, its experts packed.
 
     Args:
-        folder: a local checkpoint with a `quantization_config` that an installed plugin claims, or, where there are
-            several ranks, one without any.
-        scheme: the scheme to run it in, where more than one can; None: the checkpoint's own.
+        folder: a local checkpoint with a `quantization_config` that an installed plugin claims; one without any, where
+            `scheme` is given or there are several ranks.
+        scheme: the scheme to run it in, where more than one can; None: the checkpoint's own. Floating-point experts
+            are quantized to it while they load, one after the other.
         dispatch, experts: names of backends to insist on.
         parallel: how the experts are spread over ranks (ep_size or tp_size); each rank reads and holds its own share
             of them, and all the rest of the model. None: one rank.
         group: the ranks, where there is more than one; all must be given the same tokens.
         debug: check ids and shapes on every step, which reads values on the host.
         max_tokens_per_rank: how many tokens a rank dispatches at once, where the tokens are shared out too (sp_size).
+        progress: called with (experts done, experts of all layers on this rank) after each one.
         auto_class: whose `from_pretrained` is called.
         arguments: what that takes besides, such as `dtype`.
 
@@ -112,13 +119,16 @@ def from_pretrained(
         )
     config = AutoConfig.from_pretrained(folder)
     stored = checkpoints.quantization_config(Path(folder), config.to_dict())
-    if not stored and group is None:
-        raise UnsupportedError(f"{folder}: config.json has no quantization_config; load it with transformers as it is")
+    if not stored and group is None and scheme is None:
+        raise UnsupportedError(
+            f"{folder}: config.json has no quantization_config; load it with transformers as it is, or name a scheme: "
+            "then its experts are quantized while they load"
+        )
     _method_of(stored, scheme)  # refused before anything is read
     # where there is one, a dict is looked for
     config.quantization_config = PackedConfig(METHOD, stored or {}).to_dict()
     spread = parallel or MoEParallelConfig()
-    token = _asked.set(_Request(scheme, dispatch, experts, spread, group, debug, max_tokens_per_rank))
+    token = _asked.set(_Request(scheme, dispatch, experts, spread, group, debug, max_tokens_per_rank, progress))
     try:
         return auto_class.from_pretrained(folder, config=config, **arguments)
     finally:
@@ -180,7 +190,7 @@ class PackedQuantizer(HfQuantizer):
         """Without the converters that would stack experts, with one that dequantizes all other layers."""
         kept = [c for c in weight_conversions if not _is_of_experts(c)]
         method = self.method()
-        if not isinstance(method, PackedMethod):
+        if not self.quantization_config.stored or not isinstance(method, PackedMethod):
             return kept
         suffixes = ["weight", *(name for name in method.checkpoint_suffixes if "_" in name)]
         # before 5.18 patterns are searched unanchored, and "weight" would swallow "weight_scale" too
@@ -194,12 +204,15 @@ class PackedQuantizer(HfQuantizer):
         with checkpoints.Checkpoint.open(self.folder) as checkpoint:
             rules = (*checkpoints.RULES, *checkpoints.packed_rules(self.method().checkpoint_suffixes))
             blocks = {_numbers(name): name for name in checkpoints.expert_blocks(checkpoint, rules)}
-            for name, module in modules.items():
+            layers = {name: self._experts_of(model, name, module) for name, module in modules.items()}
+            total, before = sum(experts.num_local_experts for experts in layers.values()), 0
+            for name, experts in layers.items():
                 if _numbers(name) not in blocks:
                     raise CheckpointError(f"{self.folder}: no experts for {name!r}; blocks: {list(blocks.values())}")
-                experts = self._experts_of(model, name, module)
-                checkpoints.load_experts(checkpoint, blocks[_numbers(name)], experts, rules)
-                module.add_module("packed", experts)
+                step = None if self.request.progress is None else _counted(self.request.progress, before, total)
+                checkpoints.load_experts(checkpoint, blocks[_numbers(name)], experts, rules, step)
+                before += experts.num_local_experts
+                modules[name].add_module("packed", experts)
         model.set_experts_implementation(IMPLEMENTATION)
         return model
 
@@ -339,6 +352,11 @@ class _Dequantize(ConversionOps):
     @property
     def reverse_op(self) -> ConversionOps:
         raise NotImplementedError("a packed checkpoint is not written back")
+
+
+def _counted(progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int], None]:
+    """One layer's part of the progress of all."""
+    return lambda done, _: progress(before + done, total)
 
 
 def _is_of_experts(converter: Any) -> bool:

@@ -57,22 +57,6 @@ _MULTIPLY_OPERANDS = gl.constexpr(",".join(["=&f"] * 4 + ["r"] * 24 + ["f"] * 4)
 
 
 @gluon.jit
-def gdc_wait():
-    """Wait for the kernel before this one, where launches are programmatic."""
-    gl.inline_asm_elementwise(
-        "griddepcontrol.wait; mov.u32 $0, 0;", "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def gdc_launch_dependents():
-    """Let the next kernel start."""
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
 def loads_stay_above():
     """ptxas moves loads down to where their values are needed, one latency after another, but not past this.
 

@@ -18,7 +18,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moe_core.ops._kernels.activation import activate
-from moe_core.ops._kernels.nvfp4 import UNDO, expand, row_tile, scales_of
+from moe_core.ops._kernels.dependent import let_next_kernel_come, wait_for_kernel_before
+from moe_core.ops._kernels.nvfp4 import (
+    UNDO,
+    expand,
+    row_tile,
+    scales_of,
+)
 from moe_core.ops._nvfp4_launch import STEPS_PER_TURN
 
 _KEEP = gl.constexpr("mov.b32 $0, $1;")
@@ -276,15 +282,18 @@ def nvfp4_gemm_kernel(
     LEN: gl.constexpr, R: gl.constexpr, N: gl.constexpr, K: gl.constexpr, UP: gl.constexpr, GATHER: gl.constexpr,
     ACT: gl.constexpr, GATED: gl.constexpr, UP_FIRST: gl.constexpr, INTERLEAVED: gl.constexpr,
     ALPHA: gl.constexpr, LIMIT: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr,
-    BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr, num_warps: gl.constexpr,
+    BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr, PDL: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """c = activation(x rows @ w[e].T) per expert (the down product: without one), BN rows by 128 rows of weights.
 
     SPLIT of this kernel's tiles make one of the list's. An expert's last rows take a product of half or a quarter of
-    the width where they fit. `after`: w2's global scales, if act is to carry them. shift_x and
-    shift_c as in `grouped.py`. num_tiles: None, and one program a
-    tile and block; or on the device, and the programs walk them.
+    the width where they fit. `after`: w2's global scales, if act is to carry them. shift_x and shift_c as in
+    `grouped.py`. num_tiles: None, and one program a tile and block; or on the device, and the programs walk them.
     """
+    if PDL:
+        let_next_kernel_come()
+        wait_for_kernel_before()
     if num_tiles is None:
         _item(gl.program_id(0), max_tiles * SPLIT, x, slot_of_row, row_end, tile_expert, tile_row, weights, w, w_scale,
               w_global, after, bias, c, stride_x, stride_c, shift_x, shift_c, LEN, R, N, K, UP, GATHER, ACT, GATED,

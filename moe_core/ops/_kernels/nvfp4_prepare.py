@@ -48,19 +48,21 @@ def nvfp4_permute_kernel(
     _permute_rows(x, out, token, token < num_tokens, column, stride_x, H, H)
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit
 def nvfp4_permute_batched_kernel(
-    x, counts, out, capacity, stride_x: tl.constexpr, stride_out: tl.constexpr, shift_x: tl.constexpr,
-    shift_out: tl.constexpr, H: tl.constexpr, FEW: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
+    x, row_end, tile_expert, tile_row, num_tiles, out, stride_x: tl.constexpr, stride_out: tl.constexpr,
+    shift_x: tl.constexpr, shift_out: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
+    BH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The same for the first counts[e] rows of each expert e that has more than FEW; its programs walk them. The shifts
-    are those of `grouped.py`."""
-    expert = tl.program_id(2)
-    count = tl.minimum(tl.load(counts + expert), capacity)
-    if count > FEW:
-        x += expert.to(tl.int64) * shift_x
-        out += expert.to(tl.int64) * shift_out
-        column = tl.program_id(1) * BH + tl.arange(0, BH)
-        for first in range(tl.program_id(0) * BT, count, tl.num_programs(0) * BT):
-            i = first + tl.arange(0, BT)
-            _permute_rows(x, out, expert * capacity + i, i < count, column, stride_x, stride_out, H)
+    """The same for the rows of listed tiles of BM rows; programs walk them. The shifts are those of `grouped.py`."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    columns = tl.cdiv(H, BH)
+    parts = BM // BT * columns
+    for i in range(tl.program_id(0), tl.load(num_tiles) * parts, tl.num_programs(0)):
+        expert = tl.load(tile_expert + i // parts).to(tl.int64)
+        row = tl.load(tile_row + i // parts) + i % parts // columns * BT + tl.arange(0, BT)
+        column = i % columns * BH + tl.arange(0, BH)
+        ok = row < tl.load(row_end + expert)
+        _permute_rows(x + expert * shift_x, out + expert * shift_out, row, ok, column, stride_x, stride_out, H)

@@ -8,10 +8,9 @@ once. Warps, tiles and blocks as in `nvfp4.py`.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from moe_core.ops._kernels.dependent import let_next_kernel_come, wait_for_kernel_before
 from moe_core.ops._kernels.nvfp4 import (
     activated,
-    gdc_launch_dependents,
-    gdc_wait,
     load_tiles,
     loads_stay_above,
     multiply_tiles,
@@ -124,8 +123,8 @@ def nvfp4_rows_kernel(
     if PDL:
         if UP:
             # The next kernel reads the lists without a wait of its own: it may start after this one's.
-            gdc_wait()
-        gdc_launch_dependents()
+            wait_for_kernel_before()
+        let_next_kernel_come()
     row_0, count = _rows_of_expert(row_end, expert, capacity, BATCHED)
     here = count > 0
     if FEW > 0:
@@ -151,7 +150,7 @@ def nvfp4_rows_kernel(
                 rows = rows + (row,)  # type: ignore[assignment]
                 slots = slots + (slot,)  # type: ignore[assignment]
             if PDL and not UP:
-                gdc_wait()
+                wait_for_kernel_before()
             x_ptrs = ()
             for n in gl.static_range(NT):
                 x_row = rows[n]  # type: ignore[var-annotated]
@@ -190,4 +189,4 @@ def nvfp4_rows_kernel(
     else:
         if PDL and not UP:
             # The next kernel's wait for this one must cover the up product's too.
-            gdc_wait()
+            wait_for_kernel_before()

@@ -7,11 +7,10 @@ T tokens · H hidden · I intermediate · E_l local experts · K top-k; slot s =
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from moe_core.ops._kernels.dependent import let_next_kernel_come, wait_for_kernel_before
 from moe_core.ops._kernels.nvfp4 import (
     UNDO,
     activated,
-    gdc_launch_dependents,
-    gdc_wait,
     load_columns,
     load_tiles,
     loads_stay_above,
@@ -45,8 +44,8 @@ def nvfp4_slots_up_kernel(
     slot = gl.program_id(1)
     if PDL:
         # ids and x may come from the kernel just before. The next one reads ids without a wait: not before this one's.
-        gdc_wait()
-        gdc_launch_dependents()
+        wait_for_kernel_before()
+        let_next_kernel_come()
     thread = gl.arange(0, 32 * num_warps, gl.SliceLayout(1, L))
     lane, warp = thread % 32, thread // 32
     first = warp % WK
@@ -138,7 +137,7 @@ def nvfp4_slots_down_kernel(
     EACH: gl.constexpr = BLOCKS if BLOCKS > 0 else 1
     token = gl.program_id(1)
     if PDL:
-        gdc_launch_dependents()
+        let_next_kernel_come()
     thread = gl.arange(0, 32 * num_warps, gl.SliceLayout(1, L))
     lane, warp = thread % 32, thread // 32
     first = warp % WK
@@ -163,7 +162,7 @@ def nvfp4_slots_down_kernel(
                              TAIL),
             )  # fmt: skip
     if PDL:
-        gdc_wait()
+        wait_for_kernel_before()
     accs = (gl.zeros((32 * num_warps, 4), gl.float32, L),)
     AT_ONCE: gl.constexpr = TOGETHER and STEPS <= DEPTH
     columns = ()

@@ -119,6 +119,7 @@ class Lane:
         scales: float32 `[W · M, G]`.
         ids: int32 `[W · M, K]`.
         weights: float32 `[W · M, K]`.
+        num_rows: int32 `[1]`: no row that has come is past it.
         places: int32 `[W · M, K]`, or `[0, K]` in the standard form.
         y: `[W · M, H]`, a view of `sums` where the experts write, in a layout for many tokens; else None.
     """
@@ -129,6 +130,7 @@ class Lane:
     scales: torch.Tensor
     ids: torch.Tensor
     weights: torch.Tensor
+    num_rows: torch.Tensor
     places: torch.Tensor
     y: torch.Tensor | None
 
@@ -194,6 +196,7 @@ def _lane(connection: Connection, layout: Layout, dtype: torch.dtype, lane: int)
         scales=area("scales", torch.float32, rows, layout.scale_pitch)[:, : layout.groups],
         ids=area("ids", torch.int32, rows, top_k),
         weights=area("weights", torch.float32, rows, top_k),
+        num_rows=area("num_rows", torch.int32, 1),
         places=area("places", torch.int32, 0 if layout.form is Form.STANDARD else rows, top_k),
         y=area("sums", dtype, rows, layout.pitch)[:, : layout.hidden] if layout.bulk else None,
     )

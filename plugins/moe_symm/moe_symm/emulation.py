@@ -43,6 +43,7 @@ from moe_symm.layout import (
     Layout,
     Shares,
     fault_code,
+    row_of,
     signalling,
     units,
     work_item,
@@ -260,7 +261,7 @@ class EmulatedMemory:
             places = [layer.shares.place(expert) if expert >= 0 else (-1, -1) for expert in ids[token].tolist()]
             here = torch.tensor([owner == target for owner, _ in places])
             if here.any():
-                row = self.number * layout.max_tokens + token
+                row = row_of(token, self.number, layout.ranks)
                 local = torch.tensor([place for _, place in places], dtype=torch.int32)
                 self._send_row(program, target, row, x[token], layer.scales if quantize else None)
                 program.store(self._choices(program, target, "ids")[row], local.where(here, -1))
@@ -270,7 +271,7 @@ class EmulatedMemory:
         if program.number < active:
             program.count("dispatched", units(program.number, active))
         if wait and program.number == 0:
-            yield from program.wait("dispatched", epoch * UNITS, DISPATCH)
+            yield from self._arrive(program)
 
     def _send_row(self, program: Program, target: int, row: int, x: torch.Tensor, scales: ScaleFormat | None) -> None:
         layout = self.layout
@@ -287,6 +288,8 @@ class EmulatedMemory:
 
     def _arrive(self, program: Program) -> Action:
         yield from program.wait("dispatched", self._epoch(program) * UNITS, DISPATCH)
+        rows = max(self._counts(program)) * self.layout.ranks
+        program.store(program.area(self.number, "num_rows", torch.int32, 1), torch.tensor([rows]))
 
     def _expand(
         self, program: Program, x: torch.Tensor, x_scale: torch.Tensor | None, tokens_per_expert: torch.Tensor
@@ -298,14 +301,12 @@ class EmulatedMemory:
         rows = program.area(self.number, "rows", x.dtype, layout.rows, pitch)
         scales = program.area(self.number, "scales", torch.float32, layout.rows, layout.scale_pitch)
         ids, places = (self._choices(program, self.number, name) for name in ("ids", "places"))
-        sent = [ids[source * layout.max_tokens :][:tokens] for source, tokens in enumerate(counts)]
         for item in range(program.number, max(counts) * layout.ranks, program.programs):
             token, source = work_item(item, self.number, layout.ranks, program.programs)
             if token < counts[source]:
-                row = source * layout.max_tokens + token
-                before = torch.cat([*sent[:source], sent[source][:token]])
+                row = row_of(token, source, layout.ranks)
                 for choice, expert in enumerate(ids[row].tolist()):
-                    slot = int((before == expert).sum()) if expert >= 0 else layout.rows
+                    slot = int((ids[:row] == expert).sum()) if expert >= 0 else layout.rows
                     fits = slot < layout.rows
                     program.store(places[row, choice], torch.tensor(expert * layout.rows + slot if fits else -1))
                     if fits:
@@ -314,7 +315,7 @@ class EmulatedMemory:
                             program.store(x_scale[expert, slot], scales[row, : layout.groups])
             yield
         for expert in range(program.number, len(tokens_per_expert), program.programs):
-            program.store(tokens_per_expert[expert], (torch.cat(sent) == expert).sum().clamp(max=layout.rows))
+            program.store(tokens_per_expert[expert], (ids == expert).sum().clamp(max=layout.rows))
             yield
 
     def _send_home(self, program: Program, y: torch.Tensor) -> Action:
@@ -325,7 +326,7 @@ class EmulatedMemory:
         for item in range(program.number, items, program.programs):
             token, source = work_item(item, self.number, layout.ranks, program.programs)
             if token < counts[source]:
-                row = source * layout.max_tokens + token
+                row = row_of(token, source, layout.ranks)
                 sums = program.area(source, "sums", y.dtype, layout.sums, layout.pitch)[:, : layout.hidden]
                 home = self.number * layout.max_tokens + token
                 if layout.form is Form.STANDARD:
@@ -350,7 +351,7 @@ class EmulatedMemory:
         received = self._choices(program, self.number, "ids")
         for source, tokens in enumerate(self._counts(program)):
             for token in range(program.number, tokens, program.programs):
-                row = received[source * self.layout.max_tokens + token]
+                row = received[row_of(token, source, self.layout.ranks)]
                 program.store(row, torch.full_like(row, -1))
             yield
         program.count("combined", units(program.number, program.programs))
@@ -374,7 +375,8 @@ class EmulatedMemory:
                     for source in sorted(senders):
                         if layout.bulk:  # where the experts there wrote it
                             theirs = program.area(source, "sums", out.dtype, layout.sums, layout.pitch)
-                            total += theirs[self.number * layout.max_tokens + token, : layout.hidden].float()
+                            row = row_of(token, self.number, layout.ranks)
+                            total += theirs[row, : layout.hidden].float()
                         else:
                             total += sums[source * layout.max_tokens + token].float()
                         yield

@@ -10,7 +10,9 @@ others' with plain stores:
     counts [2, W]                  int32, how many tokens each source has, by the epoch's parity
     epochs [2]                     int32, this rank's own: combines ended, dispatches begun
     fault                          int32, 0 or what `fault_code` makes, from whichever rank has waited in vain
-    ids, weights [W · M, K]        int32 local ids or -1, fp32: row source · M + token
+    ids, weights [W · M, K]        int32 local ids or -1, fp32: row token · W + source, so that all ranks' first tokens
+                                   come first
+    num_rows                       int32, this rank's own: W · the most tokens of any rank, past which is no row
     rows [W · M, P]                the tokens' rows, in the same places; quantized ones with a pitch of their own
     scales [W · M, G]              fp32, beside quantized rows
     sums [W · M, P]                what comes back: row owner · M + token; in the exact form [M · K, P]: a row a choice
@@ -25,8 +27,8 @@ has passed the wait of a combine knows that all have read what was dispatched, a
 whoever has passed the wait of a dispatch knows that all have ended the combine before. Nothing is ever reset, and no
 buffer is doubled but `counts`, which a program without work may read late.
 
-With many tokens (`Layout.bulk`) a combine fetches: the experts write into `sums` of their own rank, row source · M +
-token; each rank clears ids, counts and waits as before, and then reads its rows in the others' `sums`. They stay until
+With many tokens (`Layout.bulk`) a combine fetches: the experts write into `sums` of their own rank, row token · W +
+source; each rank clears ids, counts and waits as before, and then reads its rows in the others' `sums`. They stay until
 the experts run again, which is after the wait of the next dispatch.
 
 In the batched and exact forms a further kernel does the wait of the dispatch, and copies each row to its place among
@@ -141,6 +143,7 @@ class Layout:
             "counts": 2 * self.ranks * 4,
             "epochs": 2 * 4,
             "fault": 4,
+            "num_rows": 4,
             "ids": choices,
             "weights": choices,
             "rows": self.rows * row,
@@ -207,6 +210,11 @@ def work_item(item: int, rank: int, ranks: int, programs: int) -> tuple[int, int
     """
     token = item // ranks
     return token, (rank + 1 + item % ranks + token * ranks // programs) % ranks
+
+
+def row_of(token: int, source: int, ranks: int) -> int:
+    """Where a rank finds what a source has sent of a token."""
+    return token * ranks + source
 
 
 def signalling(items: int, programs: int) -> int:

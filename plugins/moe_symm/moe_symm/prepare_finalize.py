@@ -3,7 +3,7 @@
 Shape letters: T tokens on this rank · M the largest T of any rank · H hidden · G groups of 128 columns · E_l local
 experts · C = W · M row capacity of an expert · K top-k · W ranks · R = W · M.
 
-    prepare    row [t] ─► each rank with a chosen expert, once, at row source · M + t ─► x [R, H], ids [R, K] or -1
+    prepare    row [t] ─► each rank with a chosen expert, once, at row t · W + source ─► x [R, H], ids [R, K] or -1
                                        batched and exact: ─► its place in each expert's rows ─► x [E_l, C, H]
     finalize   [T, H]  ◄─ fp32 sum over ranks, in their order ◄─ [R, H], weighted and summed by the experts
                batched: weighted and summed at the experts' rank, in the order of K, then as above ◄─ [E_l, C, H]
@@ -229,6 +229,7 @@ class SymmPrepareAndFinalize(PrepareAndFinalize):
                 x_scale=lane.scales if quantized else None,
                 topk_ids=lane.ids,
                 topk_weights=lane.weights,
+                num_rows=lane.num_rows,
             )
         rows = (self.layer.shares.held(self.rank), layout.rows)
         new = functools.partial(torch.empty, device=lane.x.device)

@@ -63,6 +63,7 @@ def test_areas_lie_apart_on_borders(sizes, form):
         "counts": 8 * layout.ranks,
         "epochs": 8,
         "fault": 4,
+        "num_rows": 4,
         "ids": choices,
         "weights": choices,
         "rows": layout.rows * layout.pitch * layout.item,

@@ -116,17 +116,17 @@ class Rank:
 
     def seen(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """All ranks' rows as they arrive `[W · M, …]`."""
-        rows = batch.x.reshape(-1, H)
+        rows = in_rows(batch.x)
         return (rows, None) if self.scales is None else formats.quantize(rows, fp8(self.scales))
 
     def choices(self, batch: Batch) -> dict[int, list[int]]:
         """Local expert → the rows that chose it, in their order."""
         found: dict[int, list[int]] = {local: [] for local in range(len(self.held[self.rank]))}
-        for source, tokens in enumerate(batch.sizes):
-            for token in range(tokens):
-                for expert in batch.ids[source, token].tolist():
-                    if expert in self.held[self.rank]:
-                        found[self.held[self.rank].index(expert)].append(source * M + token)
+        for row, ids in enumerate(in_rows(batch.ids).tolist()):
+            token, source = divmod(row, self.size)
+            for expert in ids if token < batch.sizes[source] else ():
+                if expert in self.held[self.rank]:
+                    found[self.held[self.rank].index(expert)].append(row)
         return found
 
     def arrivals_are_right(self, batch: Batch, got: Dispatched) -> bool:
@@ -141,23 +141,24 @@ class Rank:
             return right
         assert got.topk_ids is not None and got.topk_weights is not None  # noqa: PT018 - for the type checker
         wanted = torch.full((self.size * M, K), -1, dtype=torch.int32)
-        for source, tokens in enumerate(batch.sizes):
-            for token in range(tokens):
-                for k, expert in enumerate(batch.ids[source, token].tolist()):
-                    if expert in self.held[self.rank]:
-                        wanted[source * M + token, k] = self.held[self.rank].index(expert)
+        for row, ids in enumerate(in_rows(batch.ids).tolist()):
+            token, source = divmod(row, self.size)
+            for k, expert in enumerate(ids if token < batch.sizes[source] else ()):
+                if expert in self.held[self.rank]:
+                    wanted[row, k] = self.held[self.rank].index(expert)
         here = wanted >= 0
         rows = here.any(1)
         return (
             torch.equal(got.topk_ids, wanted)
-            and torch.equal(got.topk_weights[here], batch.weights.reshape(-1, K)[here])
+            and torch.equal(got.topk_weights[here], in_rows(batch.weights)[here])
+            and got.num_rows.tolist() == [self.size * max(batch.sizes)]  # type: ignore[union-attr]
             and same(got.x[rows], x[rows])
             and (x_scale is None or same(got.x_scale[rows], x_scale[rows]))  # type: ignore[index]
         )
 
     def expert_rows(self, batch: Batch, rank: int) -> torch.Tensor:
         """What this rank's experts make of their rows, NaN where there is none: some numbers that tell all apart."""
-        rows = batch.x.reshape(-1, H) * (rank + 2)
+        rows = in_rows(batch.x) * (rank + 2)
         if self.form is Form.STANDARD:
             return rows
         y = torch.full((len(self.held[rank]), self.size * M, H), torch.nan)
@@ -195,6 +196,11 @@ class Rank:
             wrong += not self.arrivals_are_right(batch, arrived)
             wrong += not torch.equal(self.finalize(batch, arrived, routing, split=split), self.expected(batch))
         return wrong
+
+
+def in_rows(of_sources: torch.Tensor) -> torch.Tensor:
+    """`[W, M, …]` as `[W · M, …]`, in the order in which a rank gets it."""
+    return of_sources.transpose(0, 1).flatten(0, 1)
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -19,6 +19,7 @@ from moe_core.ops import (
     ExpertsProblem,
     Fp8BatchedLauncher,
     Fp8ExpertsLauncher,
+    Fp8StreamConfig,
     Fp8Weights,
     ScanConfig,
     SlotsConfig,
@@ -132,8 +133,8 @@ def _rows_first(tensor: torch.Tensor) -> torch.Tensor:
 
 def _shown(config: Any) -> str:
     """A configuration in one line: "grouped, up 64x128x128, down 64x128x128"."""
-    if isinstance(config, SlotsConfig):
-        return "slots"
+    if isinstance(config, SlotsConfig | Fp8StreamConfig):
+        return config.path
     tiles = [
         f"{part.block_m}x{part.block_n}x{part.block_k}"
         if isinstance(part, TileConfig)

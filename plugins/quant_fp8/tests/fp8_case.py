@@ -12,14 +12,22 @@ import torch
 
 from moe_core import ActivationSpec, GateUpLayout, MoEConfig, formats
 from moe_core.emulated import EmulatedExperts, dequantize_weights
-from moe_core.ops import Activation, Fp8BatchedLauncher, Fp8ExpertsLauncher, Fp8Weights, SlotsConfig
+from moe_core.ops import (
+    Activation,
+    AlternatingConfig,
+    Fp8BatchedLauncher,
+    Fp8ExpertsLauncher,
+    Fp8StreamConfig,
+    Fp8Weights,
+    SlotsConfig,
+)
 from moe_core.ops._fp8_quantize import QuantizeByExpert, QuantizeRows
 from moe_core.quant import QuantScheme
 from moe_core.reference import moe_reference
 from moe_core.types import Dispatched, ExpertWeights
 from quant_fp8 import schemes
 from quant_fp8.formats import format_of
-from tests.quant.hopper_fp8 import HopperStep, Multiply, Tiles, in_float64
+from tests.quant.hopper_fp8 import HopperStep, Multiply, Tiles, in_float64, matrix_unit
 
 POISON = -(2**30) - 12345  # an index that no kernel may follow
 SCHEMES: dict[str, QuantScheme] = {scheme.name: scheme for scheme in schemes.SCHEMES} | {
@@ -140,7 +148,7 @@ class Case:
             router = torch.ones(ids.shape, device=ids.device)
             x, x_scale = x.flatten(0, 1), None if x_scale is None else x_scale.flatten(0, 1)
         step = self.step(record, launch)
-        if not isinstance(launch, SlotsConfig):
+        if not isinstance(launch, SlotsConfig | Fp8StreamConfig):
             out = step(x, ids, router, x_scale)
         else:  # y stays in registers
             out = step.out(step.y(*step.codes(step.act(x, ids, x_scale), ids), ids), ids, router)
@@ -157,10 +165,14 @@ class Case:
         """The arithmetic of a launch configuration."""
 
         def multiply(tile: Any) -> Multiply:
+            if isinstance(tile, AlternatingConfig):
+                return matrix_unit
             return Tiles(tile.block_m, getattr(tile, "small_m", 0))
 
         if isinstance(launch, SlotsConfig):
             return HopperStep(self.config(), self.spec, record, in_float64, in_float64)
+        if isinstance(launch, Fp8StreamConfig):
+            return HopperStep(self.config(), self.spec, record, matrix_unit, matrix_unit)
         return HopperStep(self.config(), self.spec, record, multiply(launch.up), multiply(launch.down))
 
     def exact(self, record: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
@@ -192,7 +204,7 @@ def poisoned(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], device: str
 def run(
     case: Case, config: Any = None, given: bool = False, steps: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(result, what it should be, float64) of steps on poisoned memory; only the rows that must be written.
+    """(result, what it should be, float64) of steps on poisoned memory; rows from `num_rows` on must be zeros.
 
     `given`: a dispatch has quantized x already.
     """
@@ -213,6 +225,7 @@ def run(
             record, launch, x=sent, x_scale=scale, topk_ids=ids, topk_weights=router, num_rows=count
         )  # fmt: skip
         exact = case.exact(record, x, ids, torch.nan_to_num(router))
+        assert case.num_rows is None or not bool(out[case.num_rows :].any())
         results.append([rows[: case.num_rows] for rows in (out, expected, exact)])
     out, expected, exact = (torch.cat(rows) for rows in zip(*results, strict=True))
     return out, expected, exact

@@ -8,10 +8,12 @@ from fp8_case import SCHEMES
 
 from moe_core.ops import (
     Activation,
+    AlternatingConfig,
     Fp8BatchedLauncher,
     Fp8ExpertsLauncher,
     Fp8GroupedConfig,
     Fp8SpecializedConfig,
+    Fp8StreamConfig,
     Fp8Weights,
     ScanConfig,
     SlotsConfig,
@@ -29,6 +31,8 @@ CONFIGS = {
     "scan": ScanConfig(TileConfig(16, 32, 128, 4, 5), TileConfig(16, 128, 128, 4, 4)),
     "by_slot": ScanConfig(TileConfig(16, 32, 128, 4, 5), TileConfig(16, 64, 128, 2, 4), by_slot=True),
     "specialized": Fp8GroupedConfig(Fp8SpecializedConfig(), Fp8SpecializedConfig(), pdl=False),
+    "turns": Fp8GroupedConfig(Fp8SpecializedConfig(5, 1, 64), Fp8SpecializedConfig(5, 1, 64)),
+    "stream": Fp8StreamConfig(),
     "grouped": Fp8GroupedConfig(TILE, TileConfig(64, 128, 128, 4, 3)),
 }
 SHARED_MEMORY = 227 * 1024  # of one Hopper multiprocessor's program
@@ -49,7 +53,7 @@ def meta(*shape, dtype=torch.float32):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def weights(scheme):
+def weights(scheme, I=I):
     form = format_of(SCHEMES[scheme])
     fp8 = torch.float8_e4m3fn
     scales = {
@@ -69,11 +73,12 @@ def space(shapes):
 
 PATHS = [
     ("fp8_block", "slots", 2), ("fp8_block", "by_slot", 4), ("fp8_block", "grouped", 5),
-    ("fp8_block", "specialized", 5),
+    ("fp8_block", "specialized", 5), ("fp8_block", "turns", 5), ("fp8_block", "stream", 4),
     ("fp8_tensor", "slots", 2), ("fp8_tensor_dynamic", "grouped", 10), ("weight_only_block", "grouped", 4),
 ]  # fmt: skip
 MORE = [
     ("fp8_block", "scan", 5), ("fp8_tensor", "scan", 4), ("fp8_tensor", "grouped", 5), ("fp8_channel", "slots", 2),
+    ("fp8_channel", "stream", 4),
     ("fp8_channel", "by_slot", 4), ("fp8_channel", "specialized", 6), ("fp8_channel", "grouped", 6),
     ("fp8_weight_only", "scan", 3),
 ]  # fmt: skip
@@ -95,6 +100,17 @@ def test_paths(compiled, scheme, path, kernels):
         assert all("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in kernel.asm["ptx"] for kernel in gemms)
 
 
+@pytest.mark.parametrize("inner", [256, pytest.param(128, marks=pytest.mark.full)])
+def test_alternating(compiled, inner):
+    config = Fp8GroupedConfig(TILE, AlternatingConfig(256, 2, 4))
+    launcher = Fp8ExpertsLauncher(weights("fp8_block", inner), top_k=K, dtype=torch.bfloat16, plan=((None, config),))
+    x, ids = meta(8, H, dtype=torch.bfloat16), meta(8, K, dtype=torch.int32)
+    launcher(x, ids, meta(8, K), space(launcher.workspace(8)), torch.empty_like(x))
+    (down,) = [kernel for kernel in compiled if kernel.name == "fp8_alternating_down_kernel"]
+    assert down.metadata.shared <= SHARED_MEMORY
+    assert "STL" not in down.asm["sass"]  # its sums stay in registers
+
+
 @pytest.mark.parametrize("scheme", ["fp8_tensor", pytest.param("fp8_block", marks=pytest.mark.full)])
 def test_batched(compiled, scheme):
     launcher = Fp8BatchedLauncher(weights(scheme), dtype=torch.bfloat16)
@@ -103,14 +119,28 @@ def test_batched(compiled, scheme):
     assert all(kernel.asm["cubin"] for kernel in compiled)
 
 
-def test_loading_warps_give_their_registers_to_those_that_multiply(compiled):
-    launcher = Fp8ExpertsLauncher(
-        weights("fp8_block"), top_k=K, dtype=torch.bfloat16, plan=((None, CONFIGS["specialized"]),)
-    )
+def inner_loops(sass, instruction):
+    """The shortest loop around each `instruction`."""
+    lines = sass.splitlines()
+    labels = {line.rstrip(":"): at for at, line in enumerate(lines) if line.startswith("LBB")}
+    jumps = [(line.split("BRA ")[1].rstrip(";"), at) for at, line in enumerate(lines) if "BRA LBB" in line]
+    # A label may be missing: of a jump past the last instruction.
+    ends = [(labels[label], at) for label, at in jumps if label in labels]
+    for at, line in enumerate(lines):
+        if instruction in line:
+            yield min((lines[first:end] for first, end in ends if first <= at < end), key=len)
+
+
+@pytest.mark.parametrize("path", ["specialized", "turns"])
+def test_loading_warps_give_their_registers_to_those_that_multiply(compiled, path):
+    launcher = Fp8ExpertsLauncher(weights("fp8_block"), top_k=K, dtype=torch.bfloat16, plan=((None, CONFIGS[path]),))
     x, ids = meta(8, H, dtype=torch.bfloat16), meta(8, K, dtype=torch.int32)
     launcher(x, ids, meta(8, K), space(launcher.workspace(8)), torch.empty_like(x))
     gemms = [kernel for kernel in compiled if kernel.name == "fp8_specialized_kernel"]
     assert len(gemms) == 2
-    assert all("setmaxnreg.inc.sync.aligned.u32 \t232" in kernel.asm["ptx"] for kernel in gemms)
-    # And these are enough: sums that go through memory would cost what the second group of warps hides.
-    assert all("STL" not in kernel.asm["sass"] for kernel in gemms)
+    for kernel, registers in zip(gemms, (224, 232), strict=True):
+        assert f"setmaxnreg.inc.sync.aligned.u32 \t{registers}" in kernel.asm["ptx"]
+        # And these are enough: sums that go through memory would cost what the second group of warps hides.
+        loops = list(inner_loops(kernel.asm["sass"], "QGMMA"))
+        assert len(loops) == 2 * 2 * 4  # groups, blocks, products of 32 columns
+        assert not any("STL" in line or "LDL" in line for loop in loops for line in loop)

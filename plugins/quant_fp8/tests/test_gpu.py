@@ -18,7 +18,16 @@ from fp8_case import (
 
 import moe_core
 from moe_core import ActivationSpec, GateUpLayout, MoEConfig, RouterSpec
-from moe_core.ops import Fp8ExpertsLauncher, Fp8GroupedConfig, Fp8SpecializedConfig, ScanConfig, SlotsConfig, TileConfig
+from moe_core.ops import (
+    AlternatingConfig,
+    Fp8ExpertsLauncher,
+    Fp8GroupedConfig,
+    Fp8SpecializedConfig,
+    Fp8StreamConfig,
+    ScanConfig,
+    SlotsConfig,
+    TileConfig,
+)
 from quant_fp8 import plugin, schemes
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
@@ -30,13 +39,16 @@ pytestmark = [
     ),
 ]
 TILE = TileConfig(64, 128, 128, 4, 3, small_m=32, tma=HOPPER)
-WARPS = Fp8SpecializedConfig()
+WARPS, TURNS = Fp8SpecializedConfig(), Fp8SpecializedConfig(5, 1, 64)
 PATHS = {
     "slots": SlotsConfig(2, 256, 2, 4, 128, 4, pdl=HOPPER),
     "scan": ScanConfig(TileConfig(16, 32, 128, 4, 4), TileConfig(16, 64, 128, 4, 4), pdl=HOPPER),
     "by_slot": ScanConfig(TileConfig(16, 32, 128, 4, 4), TileConfig(16, 64, 128, 4, 4), by_slot=True, pdl=HOPPER),
     "grouped": Fp8GroupedConfig(TILE, TILE, pdl=HOPPER),
     "specialized": Fp8GroupedConfig(WARPS, WARPS, pdl=False),
+    "turns": Fp8GroupedConfig(TURNS, TURNS),
+    "alternating": Fp8GroupedConfig(WARPS, AlternatingConfig(256, 2, 2), pdl=False),
+    "stream": Fp8StreamConfig(),
 }
 
 
@@ -64,14 +76,18 @@ def check(case: Case, out: torch.Tensor, expected: torch.Tensor, exact: torch.Te
 
 
 def runs(scheme: str, path: str) -> bool:
-    if path == "specialized":
+    if path == "stream":
+        return HOPPER and scheme in ("fp8_block", "fp8_block_ue8m0", "fp8_channel")
+    if path == "alternating":
+        return HOPPER and scheme in ("fp8_block", "fp8_block_ue8m0")
+    if path in ("specialized", "turns"):
         return HOPPER and "weight_only" not in scheme and scheme != "fp8_tensor"
     return scheme != "fp8_tensor_dynamic" or path == "grouped"
 
 
 @pytest.mark.parametrize(("scheme", "path"), [(s, p) for s in SCHEMES for p in PATHS if runs(s, p)])
 def test_schemes_and_paths(scheme, path):
-    tokens = 8 if path == "by_slot" else 40
+    tokens = 8 if path in ("by_slot", "stream") else 40
     case = Case(scheme, tokens, hidden=272, experts=7, top_k=3, dtype=torch.bfloat16, device="cuda")
     check(case, *run(case, PATHS[path], steps=-(-40 // tokens)))
 
@@ -123,7 +139,7 @@ def test_static_scales_saturate_what_is_finite():
     check_static_quantizer("cuda")
 
 
-@pytest.mark.parametrize("path", ["slots", "scan", "grouped", "specialized"])
+@pytest.mark.parametrize("path", ["slots", "scan", "grouped", "specialized", "stream"])
 @pytest.mark.parametrize("scheme", ["fp8_block", "fp8_channel"])
 def test_nan_and_inf_reach_their_own_token_and_no_other(scheme, path):
     if not runs(scheme, path):
@@ -146,6 +162,37 @@ def test_nan_and_inf_reach_their_own_token_and_no_other(scheme, path):
     assert not bool(got[[1, 4]].isfinite().any())
     kept = [0, 2, 3, 5]
     assert torch.equal(got[kept], clean[kept])
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["plain", "given"])
+@pytest.mark.parametrize("changes", [
+    {"routing": "none"}, {"routing": "one", "num_rows": 3}, {"num_rows": 0}, {"num_rows": 5, "ids_dtype": torch.int64},
+    {"activation": ActivationSpec("silu", GateUpLayout.UP_GATE)}, {"hidden": 4112, "intermediate": 1552},
+    {"experts": 60, "top_k": 8},
+], ids=["none", "one", "no_rows", "int64", "up_gate", "large", "all_experts"])  # fmt: skip
+@pytest.mark.parametrize("scheme", ["fp8_block", "fp8_block_ue8m0", "fp8_channel"])
+def test_stream(scheme, changes, given):
+    if not runs(scheme, "stream"):
+        pytest.skip("not on this device")
+    for tokens in (8, 1, 5):
+        rows = changes.get("num_rows")
+        own = changes if rows is None else {**changes, "num_rows": min(rows, tokens)}
+        case = Case(scheme, tokens, dtype=torch.bfloat16, device="cuda", **own)
+        out, expected, _ = run(case, PATHS["stream"], given=given, steps=3)
+        assert relative_error(out, expected) <= near(case)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU (compute capability 9.0)")
+@pytest.mark.parametrize("changes", [
+    {"routing": "none"}, {"routing": "one"}, {"num_rows": 0}, {"num_rows": 77}, {"intermediate": 112},
+    {"hidden": 1040, "experts": 150}, {"activation": ActivationSpec("silu", GateUpLayout.UP_GATE)},
+], ids=["none", "one", "no_rows", "rows", "one_block", "many_experts", "up_gate"])  # fmt: skip
+def test_loading_warps(changes):
+    case = Case("fp8_block", 300, dtype=torch.bfloat16, device="cuda", **changes)
+    short = [(WARPS, AlternatingConfig(128, 3, 4)), (TURNS, AlternatingConfig(256, 1, 2))]
+    for up, down in [(WARPS, WARPS), (TURNS, TURNS), *short]:
+        out, expected, _ = run(case, Fp8GroupedConfig(up, down, early=False), steps=2)
+        assert relative_error(out, expected) <= near(case)
 
 
 def test_blocks_of_zeros_and_of_the_largest_values():

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from moe_core.ops import (
+    AlternatingConfig,
     ExpertsProblem,
+    Fp8BatchedLauncher,
     Fp8ExpertsLauncher,
     Fp8Format,
     Fp8GroupedConfig,
     Fp8SpecializedConfig,
+    Fp8StreamConfig,
     ScanConfig,
     SlotsConfig,
     TileConfig,
@@ -25,6 +28,7 @@ from quant_fp8.formats import format_of
 
 QWEN3 = ExpertsProblem(128, 8, 2048, 768, itemsize=1)
 MIXTRAL = ExpertsProblem(8, 2, 4096, 14336, itemsize=1)
+DEEPSEEK = ExpertsProblem(256, 8, 7168, 256, itemsize=1)
 GPT_OSS = ExpertsProblem(128, 4, 2880, 2880, itemsize=1)
 BLOCK, STATIC, DYNAMIC = Fp8Format("block", "group"), Fp8Format("tensor", "static"), Fp8Format("tensor", "tensor")
 ROW = Fp8Format("channel", "row")
@@ -36,25 +40,52 @@ def path(problem, tokens, spec=BLOCK):
 
 
 def test_paths_by_the_number_of_tokens():
-    assert [path(QWEN3, t) for t in (1, 4, 16, 64, 4096)] == ["slots", "by slot", "scan", "grouped", "grouped"]
-    # One token of Mixtral reads 350 MB: there the matrix unit pays. Two of eight experts: slots would read some twice.
-    assert [path(MIXTRAL, t) for t in (1, 4, 64)] == ["by slot", "scan", "grouped"]
+    assert [path(QWEN3, t) for t in (1, 2, 4, 16, 64)] == ["slots", "by slot", "stream", "scan", "grouped"]
+    # One token of Mixtral reads 350 MB: there the matrix unit pays.
+    assert [path(MIXTRAL, t) for t in (1, 4, 16, 64)] == ["stream", "stream", "scan", "grouped"]
     # Rows of 22.5 lines: through tensor maps as soon as experts are shared.
-    assert [path(GPT_OSS, t, ROW) for t in (1, 4, 16, 64)] == ["by slot", "by slot", "grouped", "grouped"]
+    assert [path(GPT_OSS, t, ROW) for t in (1, 8, 16, 64)] == ["stream", "stream", "grouped", "grouped"]
     # The scale of an expert's input needs all of its rows: beyond one token they are sorted first.
     assert [path(QWEN3, t, DYNAMIC) for t in (1, 2, 16)] == ["slots", "grouped", "grouped"]
+
+
+def test_weights_stream_where_a_step_reads_many_on_hopper_and_the_activation_is_the_one_it_knows():
+    assert [path(DEEPSEEK, t) for t in (1, 2, 8, 9)] == ["slots", "stream", "stream", "scan"]
+    assert fp8_config(DEEPSEEK, BLOCK, 4, plain=False).path == "scan"
+    assert path(dataclasses.replace(DEEPSEEK, capability=(12, 0)), 4) == "by slot"
+    # A static scale is an expert's own; 256 ids are more than a program compares with each other.
+    assert path(MIXTRAL, 1, STATIC) == "by slot"
+    assert path(dataclasses.replace(MIXTRAL, top_k=32, num_experts=64), 8) != "stream"
+    with pytest.raises(ValueError, match="buffers come in pairs"):
+        Fp8StreamConfig(5, 6)
 
 
 def test_loading_warps_where_experts_have_many_rows_and_the_activation_is_the_one_they_know():
     kinds = {
         (4096, True): (Fp8SpecializedConfig,) * 2,
-        (1024, True): (TileConfig,) * 2,
+        (1024, True): (Fp8SpecializedConfig,) * 2,
+        (256, True): (TileConfig,) * 2,
         (4096, False): (TileConfig,) * 2,
     }
     for (tokens, plain), kind in kinds.items():
         config = fp8_config(QWEN3, BLOCK, tokens, plain)
         assert (type(config.up), type(config.down)) == kind
     assert isinstance(fp8_config(QWEN3, STATIC, 4096).up, TileConfig)
+    assert isinstance(fp8_config(QWEN3, ROW, 1024).up, TileConfig)
+    assert isinstance(fp8_config(MIXTRAL, BLOCK, 256).up, TileConfig)
+    with pytest.raises(ValueError, match="or take a tile of 64 in turns"):
+        Fp8SpecializedConfig(block_m=32)
+
+
+def test_rows_of_short_experts_take_turns():
+    kinds = {
+        (64, BLOCK, True): TileConfig, (1024, BLOCK, True): AlternatingConfig, (16384, BLOCK, True): AlternatingConfig,
+        (1024, BLOCK, False): TileConfig, (1024, ROW, True): TileConfig,
+    }  # fmt: skip
+    for (tokens, spec, plain), kind in kinds.items():
+        assert type(fp8_config(DEEPSEEK, spec, tokens, plain).down) is kind
+    with pytest.raises(ValueError, match=r"two warpgroups need an even number"):
+        AlternatingConfig(128, 3, 3)
 
 
 def test_tiles_follow_the_rows_of_an_expert():
@@ -64,6 +95,7 @@ def test_tiles_follow_the_rows_of_an_expert():
     assert [fp8_config(QWEN3, BLOCK, t).early for t in (64, 256, 1024, 4096)] == [True, True, False, False]
     # A group of tiles that divides the number of programs would give some of them all the short ones.
     assert [fp8_config(MIXTRAL, BLOCK, t).up.group for t in (1024, 4096)] == [7, 4]
+    assert [fp8_config(QWEN3, BLOCK, t).up.group for t in (1024, 4096)] == [1, 2]
 
 
 @pytest.mark.parametrize("scheme", schemes.SCHEMES, ids=lambda scheme: scheme.name)
@@ -81,6 +113,10 @@ def test_tiles_fit_everywhere(scheme, tokens, experts, top_k, hidden, intermedia
             assert 2 * config.up_n * config.up_k <= 128 * 32 * config.up_warps
             assert config.up_k % 128 == config.down_k % 128 == 0
             assert (1 << (top_k - 1).bit_length()) * config.down_n * config.down_k <= 128 * 32 * config.down_warps
+            continue
+        if isinstance(config, Fp8StreamConfig):
+            assert tokens <= 8
+            assert max(config.up_buffers, config.down_buffers) * (2 * 64 + 8 + 1) * 128 <= memory * 1024
             continue
         for tile, columns in ((config.up, 2), (config.down, 1)):
             if isinstance(tile, TileConfig):
@@ -126,4 +162,13 @@ def test_inputs_of_the_wrong_kind_are_named():
     launcher = Fp8ExpertsLauncher(other.weights(other.record()), top_k=2, dtype=torch.bfloat16, plan=((None, config),))
     pytest.importorskip("triton")
     with pytest.raises(ValueError, match="need a TileConfig"):
+        launcher(x, ids, router, space, torch.empty_like(x))
+    with pytest.raises(ValueError, match="the batched format needs TileConfigs"):
+        Fp8BatchedLauncher(case.weights(record), dtype=torch.bfloat16, config=config)(
+            x.expand(5, 6, 144), torch.zeros(5, dtype=torch.int32), {}, torch.empty(5, 6, 144)
+        )
+    turns = Fp8GroupedConfig(wide, AlternatingConfig(128, 3, 4))
+    large = Case("fp8_block", intermediate=272, dtype=torch.bfloat16)
+    launcher = Fp8ExpertsLauncher(large.weights(large.record()), top_k=2, dtype=torch.bfloat16, plan=((None, turns),))
+    with pytest.raises(ValueError, match="is for I up to 256"):
         launcher(x, ids, router, space, torch.empty_like(x))

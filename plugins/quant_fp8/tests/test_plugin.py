@@ -162,7 +162,7 @@ def test_which_kernels_run_is_told_without_a_gpu():
     h200 = Device("cuda", (9, 0), "NVIDIA H200")
     ranges = experts.launch_ranges(ActivationFormat.STANDARD, h200)
     assert [item.first_row for item in ranges] == sorted({item.first_row for item in ranges})
-    assert [item.what.partition(",")[0] for item in ranges][:3] == ["slots", "scan by slot", "scan"]
+    assert [item.what.partition(",")[0] for item in ranges][:4] == ["slots", "scan by slot", "stream", "scan"]
     assert "loading warps" in ranges[-1].what
     assert "at C = 128" in experts.launch_ranges(ActivationFormat.BATCHED, h200)[0].what
 

@@ -15,10 +15,12 @@ from fp8_case import OAI, Case, ids_of_rows, poisoned, relative_error
 
 from moe_core import ActivationSpec
 from moe_core.ops import (
+    AlternatingConfig,
     Fp8BatchedLauncher,
     Fp8ExpertsLauncher,
     Fp8GroupedConfig,
     Fp8SpecializedConfig,
+    Fp8StreamConfig,
     ScanConfig,
     SlotsConfig,
     TileConfig,
@@ -28,7 +30,8 @@ from tests.quant.hopper_fp8 import HopperStep, in_float64
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU (compute capability 9.0)")]
 
-TALL, WARPS = TileConfig(64, 128, 128, 4, 3, small_m=32, tma=True), Fp8SpecializedConfig()
+TALL = TileConfig(64, 128, 128, 4, 3, small_m=32, tma=True)
+WARPS, TURNS = Fp8SpecializedConfig(), Fp8SpecializedConfig(5, 1, 64)
 NARROW = TileConfig(64, 64, 128, 4, 3, tma=True)
 PATHS = {
     "slots": SlotsConfig(2, 256, 2, 4, 128, 4),
@@ -36,6 +39,9 @@ PATHS = {
     "grouped": Fp8GroupedConfig(TALL, TALL),
     "narrow": Fp8GroupedConfig(NARROW, NARROW),  # the quantization is a kernel of its own
     "specialized": Fp8GroupedConfig(WARPS, WARPS, pdl=False),
+    "turns": Fp8GroupedConfig(TURNS, TURNS),
+    "alternating": Fp8GroupedConfig(TALL, AlternatingConfig(256, 2, 2)),
+    "stream": Fp8StreamConfig(),
 }
 FEW = 0.001
 """Of all values: exp has other last bits here than in torch, so a few sums fall on the other side of a border."""
@@ -63,9 +69,20 @@ def standard(case: Case, config: Any) -> Stages:
     space = poisoned(launcher.workspace(case.tokens), "cuda")
     out = launcher(x, ids, router, space, torch.full_like(x, float("nan")))
     slots = (ids.flatten() >= 0).nonzero().flatten()
-    rows = space["row_of_slot"].long()[slots] if isinstance(config, Fp8GroupedConfig) else slots
-    y = None if isinstance(config, SlotsConfig) else space["y"][rows]
+    rows = slots
+    if isinstance(config, Fp8GroupedConfig):
+        rows = space["row_of_slot"].long()[slots]
+    elif isinstance(config, Fp8StreamConfig):
+        rows = rows_of_units(ids, slots)
+    y = None if isinstance(config, SlotsConfig | Fp8StreamConfig) else space["y"][rows]
     return Stages(case.step(record, config), ids, x, router, slots, *between(space, rows), y, out)
+
+
+def rows_of_units(ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Of each slot: 8 rows for every distinct expert, in the order of its first slot, one for each token."""
+    chosen = ids.flatten()[slots].tolist()
+    unit = {expert: number for number, expert in enumerate(dict.fromkeys(chosen))}
+    return torch.tensor([8 * unit[expert] for expert in chosen], device=ids.device) + slots // ids.shape[1]
 
 
 def batched(case: Case, counts: tuple[int, ...], capacity: int) -> Stages:
@@ -122,11 +139,17 @@ def check(found: Stages) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("scheme", ["fp8_block", "fp8_block_ue8m0", "fp8_tensor", "fp8_tensor_dynamic", "fp8_channel"])
 def test_every_stage(scheme, path):
+    if path == "stream" and scheme.startswith("fp8_tensor"):
+        pytest.skip("an expert's input has a scale of its own")
+    if path == "alternating" and not scheme.startswith("fp8_block"):
+        pytest.skip("takes blocks only")
     if scheme == "fp8_tensor_dynamic" and path in ("slots", "scan"):
         pytest.skip("the scale of an expert's rows needs them sorted")
-    if scheme == "fp8_tensor" and path == "specialized":
+    if scheme == "fp8_tensor" and path in ("specialized", "turns"):
         pytest.skip("gate and up may have different input scales")
-    tokens = 40 if path in ("slots", "scan") else 300  # above, one to three tiles an expert, the last as it comes
+    tokens = {"slots": 40, "scan": 40, "stream": 8}.get(
+        path, 300
+    )  # above, one to three tiles an expert, the last as it comes
     case = Case(scheme, tokens, hidden=272, experts=7, top_k=3, dtype=torch.bfloat16, device="cuda")
     check(standard(case, PATHS[path]))
 

@@ -22,7 +22,6 @@ class Nvfp4TritonExperts(Experts):
     def __init__(self, config: MoEConfig, parallel: MoEParallelConfig) -> None:
         spec, problem = config.activation, Problem(config=config, parallel=parallel)
         layout = spec.gate_up_layout
-        self._top_k = config.top_k
         self._weight_on_input = config.router_weight_on_input and config.top_k > 1  # K = 1 is done by the kernel
         self._activation = ops.Activation(spec.function, layout and layout.value, spec.limit, spec.alpha)
         self._problem = ops.ExpertsProblem(
@@ -30,6 +29,7 @@ class Nvfp4TritonExperts(Experts):
             top_k=config.top_k,
             hidden_size=config.experts_hidden_size,
             intermediate_size=problem.local_intermediate_size,
+            all_experts=config.num_experts,
         )
         self._bound: ExpertWeights | None = None
         self._launch: Any = None
@@ -81,4 +81,9 @@ class Nvfp4TritonExperts(Experts):
         )
         if batched:
             return ops.Nvfp4BatchedLauncher(packed)
-        return ops.Nvfp4ExpertsLauncher(packed, top_k=self._top_k, weight_on_input=self._weight_on_input)
+        return ops.Nvfp4ExpertsLauncher(
+            packed,
+            top_k=self._problem.top_k,
+            weight_on_input=self._weight_on_input,
+            all_experts=self._problem.all_experts,
+        )

@@ -40,6 +40,16 @@ def test_slots_then_rows_then_gemms():
     assert "gemm" not in paths(SMALL), "a dot product shorter than the buffers"
 
 
+def test_kernels_suit_the_rows_that_come_not_those_that_could():
+    """Of 4 ranks' rows a quarter of the ids is here."""
+    alone = ExpertsProblem(64, 8, 7168, 2048)
+    shared = dataclasses.replace(alone, all_experts=256)
+    for tokens in (64, 1024):
+        assert default_nvfp4_config(shared, 4 * tokens) == default_nvfp4_config(alone, tokens)
+    assert default_nvfp4_config(alone, 256).path == "gemm"
+    assert default_nvfp4_config(shared, 256).path == "rows"
+
+
 def test_without_hopper_there_are_no_gemms_and_no_programmatic_launch():
     for problem in PROBLEMS:
         for _, config in default_nvfp4_plan(dataclasses.replace(problem, capability=(8, 0))):

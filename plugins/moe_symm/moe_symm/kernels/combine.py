@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moe_symm.kernels.protocol import DYNAMIC, at, count, counts_of, lost, of_rank, other_rank, place, wait
+from moe_symm.kernels.protocol import DYNAMIC, at, count, counts_of, lost, of_rank, other_rank, place, row_of, wait
 
 
 @triton.jit
@@ -65,14 +65,12 @@ def _send_choices(y, places, home, H: tl.constexpr, P: tl.constexpr, K: tl.const
 
 
 @triton.jit
-def _clear(ids, counts, ranks, M: tl.constexpr, K: tl.constexpr, W: tl.constexpr):
+def _clear(ids, used):
     """Set the ids of all rows that have come to -1; all programs together."""
     WORDS: tl.constexpr = 1024
     word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
-    for source in tl.static_range(W):
-        used = of_rank(counts, ranks, source) * K
-        for first in range(0, used, tl.num_programs(0) * WORDS):
-            tl.store(ids + source * (M * K) + first + word, tl.full([WORDS], -1, tl.int32), mask=first + word < used)
+    for first in range(0, used, tl.num_programs(0) * WORDS):
+        tl.store(ids + first + word, tl.full([WORDS], -1, tl.int32), mask=first + word < used)
 
 
 @triton.jit
@@ -87,7 +85,7 @@ def _sum_over_ranks(
     for source in tl.static_range(W):
         there = tl.max((owner == source).to(tl.int32)) > 0
         if FETCHES:
-            row = at(tl.load(peers + source) + SUMS, dtype) + (rank * M + token).to(tl.int64) * P
+            row = at(tl.load(peers + source) + SUMS, dtype) + row_of(token, rank, W).to(tl.int64) * P
         else:
             row = at(base + SUMS, dtype) + (source * M + token).to(tl.int64) * P
         total += tl.load(row + column, mask=(column < H) & there, other=0.0).to(tl.float32)
@@ -163,7 +161,7 @@ def combine(
     if SENDS:
         counts = counts_of(base, epoch, ranks, COUNTS, W)
         if FETCHES:
-            _clear(at(base + IDS, tl.int32), counts, ranks, M, K, W)
+            _clear(at(base + IDS, tl.int32), tl.max(counts) * (W * K))
             active = programs
         else:
             items = tl.max(counts) * W
@@ -171,7 +169,7 @@ def combine(
                 token = item // W
                 source = other_rank(item, token, rank, programs, W)
                 if token < of_rank(counts, ranks, source):
-                    row = (source * M + token).to(tl.int64)
+                    row = row_of(token, source, W).to(tl.int64)
                     received = at(base + IDS, tl.int32) + row * K
                     places = at(base + PLACES, tl.int32) + row * K
                     sums = at(tl.load(peers + source) + SUMS, dtype)

@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_core.ops.device import magnitude, scale_of, to_e4m3
-from moe_symm.kernels.protocol import DYNAMIC, at, count, counts_of, lost, of_rank, other_rank, place, wait
+from moe_symm.kernels.protocol import DYNAMIC, at, count, counts_of, lost, of_rank, other_rank, place, row_of, wait
 
 
 @triton.jit
@@ -51,7 +51,6 @@ def dispatch(
     limit_ms,  # how long a wait may take
     W: tl.constexpr,
     WP: tl.constexpr,  # W and K rounded up to powers of two
-    M: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
@@ -70,6 +69,7 @@ def dispatch(
     COUNTS: tl.constexpr,
     EPOCHS: tl.constexpr,
     FAULT: tl.constexpr,
+    NUM_ROWS: tl.constexpr,
     IDS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -98,7 +98,7 @@ def dispatch(
         owner, local = place(chosen, SHARE, MORE, LINEAR, W)
         here = owner == target
         lane = tl.load(peers + target)
-        row = (rank * M + token).to(tl.int64)
+        row = row_of(token, rank, W).to(tl.int64)
         wanted = tl.max(here.to(tl.int32)) > 0
         source = x + tl.cast(token, tl.int64) * H
         if GROUP > 0:
@@ -116,6 +116,7 @@ def dispatch(
     if WAITS:
         if program == 0:
             wait(base, status, lanes + FAULT, ranks, DISPATCHED, epoch * UNITS, dead, limit_ms, rank, STAGE, W)
+            tl.store(at(base + NUM_ROWS, tl.int32), tl.max(counts_of(base, epoch, ranks, COUNTS, W)) * W)
 
 
 @triton.jit(do_not_specialize=DYNAMIC)
@@ -130,16 +131,19 @@ def arrive(
     UNITS: tl.constexpr,
     STAGE: tl.constexpr,
     DISPATCHED: tl.constexpr,
+    COUNTS: tl.constexpr,
     EPOCHS: tl.constexpr,
     FAULT: tl.constexpr,
+    NUM_ROWS: tl.constexpr,
 ):
     """One program: wait for the other ranks' tokens."""
     ranks = tl.arange(0, WP)
     lanes = tl.load(peers + ranks, mask=ranks < W, other=0)
     gdc_wait()
     gdc_launch_dependents()
-    target = tl.load(at(base + EPOCHS, tl.int32) + 1) * UNITS
-    wait(base, status, lanes + FAULT, ranks, DISPATCHED, target, lost(base, FAULT), limit_ms, rank, STAGE, W)
+    epoch = tl.load(at(base + EPOCHS, tl.int32) + 1)
+    wait(base, status, lanes + FAULT, ranks, DISPATCHED, epoch * UNITS, lost(base, FAULT), limit_ms, rank, STAGE, W)
+    tl.store(at(base + NUM_ROWS, tl.int32), tl.max(counts_of(base, epoch, ranks, COUNTS, W)) * W)
 
 
 @triton.jit
@@ -147,8 +151,8 @@ def _counts_before(ids, mine, end, FIRST: tl.constexpr, K: tl.constexpr, IDS: tl
     """How often `mine[FIRST]` and the next three stand among the first `end` of IDS ids: four counts of 16 bits."""
     index = tl.arange(0, CHUNK)
     packed = tl.zeros([CHUNK], tl.int64)
-    if IDS <= CHUNK:  # one look, which does not wait for `end`
-        there = tl.load(ids + index, mask=index < IDS, other=-1)
+    if IDS <= CHUNK:  # one look
+        there = tl.load(ids + index, mask=index < end, other=-1)
         for choice in tl.static_range(FIRST, min(FIRST + 4, K)):
             found = (there == tl.load(mine + choice)) & (index < end)
             packed += found.to(tl.int64) << (16 * (choice - FIRST))
@@ -219,11 +223,12 @@ def expand(
     wait(base, status, lanes + FAULT, ranks, DISPATCHED, epoch * UNITS, lost(base, FAULT), limit_ms, rank, STAGE, W)
     counts = counts_of(base, epoch, ranks, COUNTS, W)
     received = at(base + IDS, tl.int32)  # where no row has come, ids are -1
-    for item in range(program, tl.max(counts) * W, programs):
+    rows = tl.max(counts) * W
+    for item in range(program, rows, programs):
         token = item // W
         source = other_rank(item, token, rank, programs, W)
         if token < of_rank(counts, ranks, source):
-            row = source * M + token
+            row = row_of(token, source, W)
             mine = received + row * K
             came = at(base + ROWS + row.to(tl.int64) * ROW_BYTES, dtype)
             scales = at(base + SCALES + row.to(tl.int64) * SCALE_BYTES, tl.float32)
@@ -242,7 +247,7 @@ def expand(
     for expert in range(programs - 1 - program, EXPERTS, programs):
         index = tl.arange(0, CHUNK)
         found = tl.zeros([CHUNK], tl.int32)
-        for first in range(0, C * K, CHUNK):
-            there = tl.load(received + first + index, mask=first + index < C * K, other=-1)
+        for first in range(0, rows * K, CHUNK):
+            there = tl.load(received + first + index, mask=first + index < rows * K, other=-1)
             found += (there == expert).to(tl.int32)
         tl.store(tokens_per_expert + expert, tl.minimum(tl.sum(found), C))

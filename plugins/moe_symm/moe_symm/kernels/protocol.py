@@ -88,6 +88,12 @@ def counts_of(base, epoch, ranks, COUNTS: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
+def row_of(token, source, W: tl.constexpr):
+    """Where a rank finds what a source has sent of a token."""
+    return token * W + source
+
+
+@triton.jit
 def of_rank(values, ranks, rank):
     return tl.sum(tl.where(ranks == rank, values, 0))
 

@@ -41,14 +41,21 @@ def test_columns_in_the_order_of_the_lanes(tokens, hidden):
 
 @pytest.mark.parametrize("gap", [0, 64])
 def test_batched_columns_of_experts_with_many_rows(gap):
+    from moe_core.ops._kernels.align import batched_tiles_kernel
     from moe_core.ops._kernels.nvfp4_prepare import nvfp4_permute_batched_kernel
 
-    counts, capacity, hidden, few = [0, 2, 3, 20, 40], 30, 128, 2
+    counts, capacity, hidden, few = [0, 2, 3, 20, 40], 30, 192, 2
     memory = torch.full((2, 5, capacity * hidden + gap), float("nan"))
     x, out = (part.as_strided((5, capacity, hidden), (capacity * hidden + gap, hidden, 1)) for part in memory)
     x[:] = torch.randn(x.shape)
-    launch = KernelLaunch(nvfp4_permute_batched_kernel, {"H": hidden, "FEW": few, "BT": 8, "BH": 128}, warps=4)
-    launch((2, 1, 5), None, x, torch.tensor(counts, dtype=torch.int32), out, capacity, hidden, hidden, gap, gap)
+    row_end, tile_expert, tile_row, num_tiles = (torch.full((n,), -7, dtype=torch.int32) for n in (5, 10, 10, 1))
+    lists = (row_end, tile_expert, tile_row, num_tiles)
+    tiles = KernelLaunch(batched_tiles_kernel, {"E": 5, "EP": 8, "BM": 16, "FEW": few, "PDL": False}, warps=1)
+    tiles((1, 1, 1), None, torch.tensor(counts, dtype=torch.int32), *lists, capacity)
+    launch = KernelLaunch(
+        nvfp4_permute_batched_kernel, {"H": hidden, "BM": 16, "BT": 8, "BH": 128, "PDL": False}, warps=4
+    )
+    launch((3, 1, 1), None, x, *lists, out, hidden, hidden, gap, gap)
     for expert, count in enumerate(counts):
         rows = min(count, capacity) if count > few else 0
         assert torch.equal(out[expert, :rows], x[expert, :rows, lane_order(hidden)])
