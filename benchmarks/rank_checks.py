@@ -60,7 +60,7 @@ def product(parts: list[Ranks], dispatches: list[str], schemes: list[str]) -> se
             if same not in singles:
                 singles[same] = same_kernels(part, layer, scheme, experts)
             errors = {
-                name: part.worst(error_of(part, layer, singles[same], counts[: part.size], 1))
+                name: part.worst(error_of(part, layer, singles[same], [counts[r % 4] for r in range(part.size)], 1))
                 for name, counts in TOKENS.items()
             }
         ran += 1
@@ -83,13 +83,16 @@ def same_kernels(part: Ranks, layer: Any, scheme: str, experts: str | None) -> S
     """
     rows, dispatch = SMALL["max_tokens_per_rank"] * part.size, "batched"
     if layer.plan.activation_format is ActivationFormat.STANDARD:
-        rows, dispatch = rows * part.size, "local"  # rows per expert choose kernels, and all experts are here
+        dispatch = "local"
+        if scheme.startswith("fp8"):  # rows per expert of this rank choose these kernels, and here all experts are
+            rows *= part.size
+    by_itself = quantizes_by_itself(layer)  # the layer is not kept
     sizes = SMALL | {"max_tokens_per_rank": rows}
     single = part.layer(sizes, dispatch, scheme, experts=experts, alone=True)
 
     def step(x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
         padded = (functional.pad(each, (0, 0, 0, rows - each.shape[0])) for each in (x, router_logits))
-        with nixl_eps_quantizer() if quantizes_by_itself(layer) else contextlib.nullcontext():
+        with nixl_eps_quantizer() if by_itself else contextlib.nullcontext():
             out: torch.Tensor = single(*padded)
         return out[: x.shape[0]]
 

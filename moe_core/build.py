@@ -146,6 +146,27 @@ def _check_group(parallel: MoEParallelConfig, group: Group | None) -> None:
         raise MoEError(f"this layer is spread over {ranks} ranks, and group is None: pass the ranks' Group")
 
 
+def method_for_floats(scheme: str) -> QuantMethod:
+    """The quantization method that takes a checkpoint's floating-point experts, quantizing them while they load.
+
+    Raises:
+        UnsupportedError: there is no such scheme, or it needs values that no floating-point checkpoint has.
+    """
+    method = made_method(registry().find("quant_methods", scheme))
+    needed = [kind.strip("_").replace("_", " ") for kind in method.required_kinds(packed=False) if kind]
+    if needed:
+        others = sorted(
+            name
+            for name, other in registry().quant_methods.items()
+            if (made := made_method(other)).scheme.weight is not None and not any(made.required_kinds(packed=False))
+        )
+        raise UnsupportedError(
+            f"scheme {scheme!r} needs {', '.join(needed)} from a calibration, and a checkpoint of floating-point "
+            f"weights has none; schemes that need none: {', '.join(others)}"
+        )
+    return method
+
+
 def method_for_checkpoint(config: Mapping[str, Any], scheme: str | None = None) -> QuantMethod:
     """The quantization method that reads a checkpoint's experts, from config.json's `quantization_config`.
 

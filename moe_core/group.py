@@ -44,7 +44,7 @@ class TorchGroup:
         if not dist.is_initialized():
             raise RuntimeError("TorchGroup needs torch.distributed.init_process_group to have run; run under torchrun")
         self._group = torch_group or dist.group.WORLD
-        self._connects_late = "nccl" in dist.get_backend(self._group)
+        self._connects_late = "nccl" in str(dist.get_backend_config(self._group))
         self._connected: set[str] = set()
         self.timeout_s = timeout_s
 
@@ -91,7 +91,7 @@ class TorchGroup:
         return self._all_to_all(tensor, send, receive, self._start)
 
     def barrier(self) -> None:
-        with self._named("barrier"):
+        with self._named("barrier"), self._connecting("barrier"):
             dist.barrier(group=self._group)
 
     def await_device(self, stage: str) -> None:
@@ -181,10 +181,14 @@ class TorchGroup:
 
     def _connecting(self, collective: str) -> contextlib.AbstractContextManager[None]:
         """Guards the first call of a collective, where ranks may still have to be connected."""
-        if not self._connects_late or collective in self._connected:
-            return _UNGUARDED
+        unguarded = not self._connects_late or collective in self._connected
+        return _UNGUARDED if unguarded else self._first(collective)
+
+    @contextlib.contextmanager
+    def _first(self, collective: str) -> Iterator[None]:
+        with limited(f"rank {self.rank} of {self.size}, connecting for its first {collective}", self.timeout_s):
+            yield
         self._connected.add(collective)
-        return limited(f"rank {self.rank} of {self.size}, connecting for its first {collective}", self.timeout_s)
 
     def _suspects(self) -> str:
         """Which ranks have not failed in the same way: the one that the others waited for is among them."""

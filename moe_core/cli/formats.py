@@ -12,9 +12,9 @@ from typing import Any
 
 import attrs
 
+from moe_core.build import method_for_floats
 from moe_core.checkpoint import Checkpoint, quantization_config
 from moe_core.errors import MoEError, UnsupportedError
-from moe_core.forms import made_method
 from moe_core.plugins import registry
 
 _FP8_BLOCK_SCALE = ".weight_scale_inv"
@@ -115,23 +115,15 @@ def transformers_config(reading: Reading) -> Any:
 
 def _online(source: Path, scheme: str) -> Reading:
     """Floating-point experts that are quantized while they load."""
-    entry = registry().find("quant_methods", scheme)
-    method = made_method(entry)
+    try:
+        method = method_for_floats(scheme)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{source}: {error}") from error
     if method.scheme.weight is None:
         return Reading()
-    needed = [kind.strip("_").replace("_", " ") for kind in method.required_kinds(packed=False) if kind]
-    if needed:
-        others = sorted(
-            name
-            for name, other in registry().quant_methods.items()
-            if (made := made_method(other)).scheme.weight is not None and not any(made.required_kinds(packed=False))
-        )
-        raise UnsupportedError(
-            f"{source}: scheme {scheme!r} needs {', '.join(needed)} from a calibration, and a checkpoint of "
-            f"floating-point weights has none; schemes that need none: {', '.join(others)}"
-        )
+    entry = registry().find("quant_methods", scheme)
     return Reading(
-        f"experts are quantized while they load, to scheme {scheme} of {entry.plugin} (moe-core convert stores such)",
+        f"experts are quantized while they load, to scheme {scheme} of {entry.plugin}",
         scheme=scheme,
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 import torch
 
-from moe_core.checkpoint import Checkpoint, check_experts
+from moe_core.checkpoint import Checkpoint, check_experts, quantization_config
 from moe_core.checkpoint.reader import CONFIG_FILE, read_config, read_json
 from moe_core.cli import formats, output
 from moe_core.errors import CheckpointError, MoEError, UnsupportedError
@@ -158,7 +158,8 @@ def load_model(folder: Path, options: LoadOptions) -> LoadedModel:
         own = config.model_type
         notes.append(f"the checkpoint brings code (auto_map); it is not run, transformers' own {own} is")
     reading = prepare_config(folder, config, checkpoint, options.scheme)
-    if not reading.scheme:  # a plugin's format may well store one expert in another way than the next
+    # a plugin's format may well store one expert in another way than the next
+    if not (reading.scheme and quantization_config(folder, checkpoint.config)):
         check_experts(checkpoint)
     notes += [reading.note] if reading.note else []
     from moe_core.integrations.transformers import attach, layer_plans  # noqa: PLC0415 - needs transformers

@@ -75,7 +75,8 @@ def progress_so_far(description: str) -> Iterator[Callable[[int, int], None]]:
     try:
         yield show
     finally:
-        bar.stop()
+        if console.is_terminal:  # elsewhere it would end a line that there is not
+            bar.stop()
 
 
 @contextlib.contextmanager

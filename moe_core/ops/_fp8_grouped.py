@@ -114,6 +114,9 @@ class Fp8Gemms:
         row_end = workspace["row_end"]
         if self._rows_2 is not None:
             q, scale = workspace["act_q"], workspace["act_scale"]
+            # other paths may need more rows of the same buffer
+            if where.ids is not None and act.shape[0] != where.ids.numel():
+                act = act[: where.ids.numel()]
             self._rows_2(act, q, scale, where.key, row_end if self._batched else None, where.capacity)
             return Operand(q, scale)
         if self._expert_2 is None or self._scales_2 is None:

@@ -154,7 +154,7 @@ ExpertsPlan = tuple[tuple[int | None, ExpertsConfig], ...]
 
 
 def distinct_experts(problem: ExpertsProblem, num_tokens: int) -> float:
-    """Mean number of experts that T tokens touch under uniform random routing."""
+    """Mean number of experts that T tokens touch under uniform random routing, if all of theirs are here."""
     share = min(problem.top_k / problem.num_experts, 1.0)
     return problem.num_experts * (1.0 - (1.0 - share) ** num_tokens)
 

@@ -90,7 +90,9 @@ def sourced_plan(problem: ExpertsProblem, device_name: str, measured: MeasuredCo
     )  # fmt: skip
     table = TABLES.get(device_name, {}).get(key)
     plan = heuristics
-    if table is not None and problem.itemsize == 2 and problem.gated:
+    # Measured with all experts here: of E experts over ranks, each gets fewer rows at the same T.
+    alone = problem.all_experts in (0, problem.num_experts)
+    if table is not None and problem.itemsize == 2 and problem.gated and alone:
         last = table[-1][0]
         assert last is not None
         named = tuple((end, config, f"table of {device_name}") for end, config in table)

@@ -123,18 +123,19 @@ group._connects_late = True  # as NCCL does
 group.all_gather(torch.ones(1))
 time.sleep(0.7)
 group.all_gather(torch.ones(1))
-dist.all_reduce = lambda *arguments, **options: time.sleep(60)
+dist.all_reduce = dist.barrier = lambda *arguments, **options: time.sleep(60)
 print("connected", flush=True)
-group.all_reduce(torch.ones(1))
+group.barrier() if sys.argv[2] == "barrier" else group.all_reduce(torch.ones(1))
 """
 
 
-def test_a_connection_that_never_comes_ends_the_process(tmp_path: Path):
+@pytest.mark.parametrize("name", ["all_reduce", "barrier"])
+def test_a_connection_that_never_comes_ends_the_process(tmp_path: Path, name: str):
     """In the first call of a collective, and only while it lasts."""
-    command = [sys.executable, "-c", LATE, str(tmp_path / "store")]
+    command = [sys.executable, "-c", LATE, str(tmp_path / "store"), name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (EXIT_CODE, "connected\n"), done.stderr
-    assert "rank 0 of 1, connecting for its first all_reduce: not done within 0.5 s; another rank died" in done.stderr
+    assert f"rank 0 of 1, connecting for its first {name}: not done within 0.5 s; another rank died" in done.stderr
 
 
 def test_a_group_without_a_process_group_says_what_to_do():

@@ -96,6 +96,15 @@ def test_the_command_line_quantizes_on_the_way_or_says_why_not(folder):
     assert "fp8_tensor_dynamic" in refused.output
 
 
+def test_a_scheme_with_scales_of_a_calibration_is_refused_before_anything_is_read(folder):
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(
+        UnsupportedError, match=r"'fp8_tensor' needs input scale from a calibration.*fp8_tensor_dynamic"
+    ):
+        packed.from_pretrained(folder, scheme="fp8_tensor")
+
+
 def test_without_a_scheme_there_is_nothing_to_do(folder):
     with pytest.raises(UnsupportedError, match=r"no quantization_config.*or name a scheme"):
         packed.from_pretrained(folder)

@@ -35,7 +35,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import moe_core.checkpoint as checkpoints
 from moe_core import formats
-from moe_core.build import method_for_checkpoint, plan
+from moe_core.build import method_for_checkpoint, method_for_floats, plan
 from moe_core.config import MoEConfig, MoEParallelConfig
 from moe_core.errors import CheckpointError, MoEError, UnsupportedError
 from moe_core.integrations.transformers.foreign import experts_modules, top_k_of
@@ -45,7 +45,6 @@ from moe_core.integrations.transformers.spread import run_in_turn
 from moe_core.interfaces import Group
 from moe_core.kernel import MoEKernel
 from moe_core.packed import PackedMethod
-from moe_core.plugins import registry
 from moe_core.quant import UNQUANTIZED, QuantMethod, upright
 from moe_core.routed_experts import RoutedExperts
 from moe_core.runner import register_layer
@@ -311,11 +310,10 @@ def _method_of(stored: dict[str, Any] | None, scheme: str | None) -> QuantMethod
     """What reads a checkpoint: by its `quantization_config`, or, where it has none, as it is.
 
     Raises:
-        UnsupportedError: nobody reads it, or not its dense layers.
+        UnsupportedError: nobody reads it, or not its dense layers; or it lacks what the scheme needs.
     """
     if not stored:
-        plain: QuantMethod = registry().find("quant_methods", scheme or UNQUANTIZED.name).factory()
-        return plain
+        return method_for_floats(scheme or UNQUANTIZED.name)
     found = method_for_checkpoint(stored, scheme)
     if not isinstance(found, PackedMethod):
         raise UnsupportedError(f"scheme {found.scheme.name} does not say what a checkpoint's dense layers hold")

@@ -19,6 +19,7 @@ from moe_core.ops import (
     ExpertsProblem,
     Fp8BatchedLauncher,
     Fp8ExpertsLauncher,
+    Fp8SpecializedConfig,
     Fp8StreamConfig,
     Fp8Weights,
     ScanConfig,
@@ -131,15 +132,18 @@ def _rows_first(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if one_stride else tensor.contiguous()
 
 
+def _tile(part: Any) -> str:
+    if isinstance(part, TileConfig):
+        return f"{part.block_m}x{part.block_n}x{part.block_k}"
+    if isinstance(part, Fp8SpecializedConfig):
+        return f"{part.block_m}x256x128, loading warps"
+    return f"alternating, columns {part.block_n}"
+
+
 def _shown(config: Any) -> str:
     """A configuration in one line: "grouped, up 64x128x128, down 64x128x128"."""
     if isinstance(config, SlotsConfig | Fp8StreamConfig):
         return config.path
-    tiles = [
-        f"{part.block_m}x{part.block_n}x{part.block_k}"
-        if isinstance(part, TileConfig)
-        else "128x256x128, loading warps"
-        for part in (config.up, config.down)
-    ]
+    tiles = [_tile(part) for part in (config.up, config.down)]
     path = "scan by slot" if isinstance(config, ScanConfig) and config.by_slot else config.path
     return f"{path}, up {tiles[0]}, down {tiles[1]}"
