@@ -178,7 +178,7 @@ class SpecializedGemm:
             "POWER_OF_TWO": spec.power_of_two, "DTYPE": triton_dtype(dtype), "GATHER": shape.gather,
             "BM": config.block_m, "STAGES": config.stages, "GROUP": config.group, "E": problem.num_experts,
         }  # fmt: skip
-        self._launch = KernelLaunch(fp8_specialized_kernel, constants, warps=config.warps)
+        self._launch = KernelLaunch(fp8_specialized_kernel, constants, warps=4)
 
     def __call__(
         self, a: Operand, c: torch.Tensor, c_scale: torch.Tensor | None, workspace: Mapping[str, torch.Tensor],

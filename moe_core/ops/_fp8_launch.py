@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from moe_core.ops._fp8_weights import FP8_GROUP, Fp8Format
 from moe_core.ops._launch import (
     MAX_ALTERNATING,
+    MAX_SCAN_SLOTS,
     RANGE_ENDS,
     AlternatingConfig,
     ExpertsProblem,
@@ -18,9 +19,6 @@ from moe_core.ops._launch import (
     TileConfig,
     distinct_experts,
 )
-
-MAX_SCAN_SLOTS = 256
-"""More ids than this cost a scanning program more than the align kernel costs the step."""
 
 SMALL_STEP = 64 << 20
 """Bytes of weights up to which a single token's step is better off with two kernels that convert weights in registers:
@@ -57,7 +55,6 @@ class Fp8SpecializedConfig:
     stages: int = 4
     group: int = 4
     block_m: int = 128
-    warps: int = 4
 
     def __post_init__(self) -> None:
         if self.block_m not in (64, 128):

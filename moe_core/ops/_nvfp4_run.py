@@ -301,9 +301,8 @@ def _gemm(
             f"GemmTile needs H and I of at least {SHORTEST}, not {problem.hidden_size} and {problem.intermediate_size}"
         )
     own = {"K": problem.top_k, "BN": tile.block_n, "STAGES": tile.stages, "GROUP": tile.group, "PDL": pdl}
-    if tile.registers:
-        own["maxnreg"] = tile.registers
-    return KernelLaunch(nvfp4_gemm_kernel, {**constants, **own, **sizes}, warps=8, pdl=pdl)
+    constants = {**constants, **own, **sizes}
+    return KernelLaunch(nvfp4_gemm_kernel, constants, warps=8, pdl=pdl, registers=tile.registers or None)
 
 
 class _AlternatingDown:
@@ -403,10 +402,9 @@ class _BatchedGemms:
 
 
 def _launch(kernel: Any, warps: WarpsConfig, constants: dict[str, Any], *, pdl: bool, **own: int) -> KernelLaunch:
-    own |= {"WR": warps.rows, "WK": warps.along_k}
-    if warps.registers:
-        own["maxnreg"] = warps.registers
-    return KernelLaunch(kernel, {**constants, **own}, warps=warps.rows * warps.along_k, pdl=pdl)
+    constants = {**constants, **own, "WR": warps.rows, "WK": warps.along_k}
+    count = warps.rows * warps.along_k
+    return KernelLaunch(kernel, constants, warps=count, pdl=pdl, registers=warps.registers or None)
 
 
 def _steps(length: int, choices: int, warps: WarpsConfig) -> int:
