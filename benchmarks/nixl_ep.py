@@ -151,7 +151,7 @@ def check(layer: NixlEPPrepareAndFinalize, counts: tuple[int, ...], payload: str
 
 
 def check_all(size: int) -> int:
-    """Wrong values in all: widths with and without padding, payloads, token counts, then steps of random sizes."""
+    """Wrong values in all: widths with and without padding, payloads, token counts, modes, steps of random sizes."""
     wrong = 0
     for hidden in (7168, 2880):
         layer = backend(hidden)
@@ -161,13 +161,16 @@ def check_all(size: int) -> int:
                 if found:
                     say(f"H {hidden} {payload} T {counts}: {found} wrong values")
                 wrong += found
+        torch.use_deterministic_algorithms(True, warn_only=True)  # in which torch fills what is allocated
+        wrong += sum(check(layer, (M,) * size, payload, 7) for payload in PAYLOADS)
+        torch.use_deterministic_algorithms(False)
         before = torch.cuda.memory_allocated()
         for step in range(100):
             counts = tuple(int(n) for n in torch.randint(0, 33, (size,), generator=torch.Generator().manual_seed(step)))
             wrong += check(layer, counts, PAYLOADS[step % 2], 50 + step)
         layer.check()
         grown = torch.cuda.memory_allocated() - before
-        say(f"H {hidden}: 24 cases and 200 random steps, memory grew by {grown} bytes")
+        say(f"H {hidden}: 28 cases and 200 random steps, memory grew by {grown} bytes")
     wrong = total(wrong)
     say(f"wrong values on all ranks: {wrong}")
     return wrong

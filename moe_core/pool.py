@@ -54,8 +54,8 @@ class SharedPool(Generic[T]):
     the same order. Owners are the ranks of this process (one, but for virtual ranks), and never share an item: so
     nothing here needs a lock, and virtual ranks make theirs at the same time.
 
-    An owner's items go together. Libraries map memory of other processes in pieces that several of their buffers may
-    lie in, and one buffer's end has unmapped what another still used.
+    An owner's items go together. Libraries map memory of other processes for several of their buffers at once, and one
+    buffer's end has unmapped what another still used.
 
     Args:
         destroy: frees an item; called once for each.

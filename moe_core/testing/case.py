@@ -104,7 +104,7 @@ class Result:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Uninitialised memory is NaN (bytes: 255), so that who reads it is found out. On CPUs; no-op for CUDA tensors.
+    """Uninitialised memory is NaN (integers: their largest), so that who reads it is found out.
 
     torch does so in its deterministic mode, of which nothing else is wanted here: its warnings stay unheard.
     """

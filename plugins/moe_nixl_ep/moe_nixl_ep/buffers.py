@@ -23,6 +23,7 @@ from moe_nixl_ep.limits import Version
 MAX_IN_FLIGHT = 2
 """The library has two halves; each call flips them."""
 _NVLINK_ONLY = "cuda_copy,cuda_ipc,sm,self"
+_PROCESS = "this process"
 
 
 @attrs.frozen
@@ -82,8 +83,10 @@ def lease_buffer(library: Library, group: Group, shape: BufferShape, timeout_s: 
     Raises:
         MoEError: a rank did not come in time, or differs in its library or in its buffers.
     """
-    owner: Any = group if group.torch_group is None else group.torch_group
-    return POOL.lease(owner, (library, shape), lambda: _connect(library, group, shape, timeout_s))
+    # The UCX of wheel 1.4.0 unmaps a peer's memory for the whole process when one buffer ends (openucx/ucx #11744): so
+    # all buffers of this process go together, whatever group they are of. A virtual rank stands for a process.
+    owner: Any = group if group.torch_group is None else _PROCESS
+    return POOL.lease(owner, (group.torch_group, library, shape), lambda: _connect(library, group, shape, timeout_s))
 
 
 def _connect(library: Library, group: Group, shape: BufferShape, timeout_s: float) -> SharedBuffer:

@@ -2,9 +2,10 @@
 
 It is no NIXL: it follows the library's documented contract and its kernels' arithmetic, and imports none of it. What it
 has of the library's ways, because adapters stumble over them: rows arrive in no particular order; what is past the
-counts is NaN; results are not there before they are waited for; two halves and no more; whatever the kernels answer
-with a lost process is refused; a rank that does not answer in time is masked, its rows count as nothing from then on,
-and it masks those that masked it.
+counts is NaN; results are not there before they are waited for; two halves and no more; a buffer that ends takes the
+mappings of the others with it; memory that torch fills is lost; whatever the kernels answer with a lost process is
+refused; a rank that does not answer in time is masked, its rows count as nothing from then on, and it masks those that
+masked it.
 
 As a plugin it registers the dispatch `nixl_ep_emulated`: `moe_core.register_plugin(moe_nixl_ep.emulation)`.
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import pickle
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -30,7 +32,7 @@ from moe_core.interfaces import Group
 from moe_core.quant import QuantScheme
 from moe_core.types import ExpertPlacement
 from moe_nixl_ep import limits
-from moe_nixl_ep.library import Library
+from moe_nixl_ep.library import DETERMINISM, Library
 from moe_nixl_ep.plugin import NIXL_EP
 from moe_nixl_ep.prepare_finalize import NixlEPPrepareAndFinalize, make
 
@@ -64,6 +66,27 @@ class _Flight:
     source: weakref.ReferenceType[torch.Tensor]
 
 
+@attrs.define
+class _Process:
+    """What the buffers of one process share.
+
+    Attributes:
+        ends: how many were destroyed. Each takes with it what the process has mapped of its peers' memory.
+    """
+
+    ends: int = 0
+
+
+class _Here(threading.local):
+    """A virtual rank is a thread, and stands for a process."""
+
+    def __init__(self) -> None:
+        self.process = _Process()
+
+
+_here = _Here()
+
+
 class Buffer:
     """The calls of `nixl_ep.Buffer` in low-latency mode, over any store with `set`, `get` and `wait`."""
 
@@ -89,6 +112,8 @@ class Buffer:
         self._masked: set[int] = set()
         self._ranks = self._experts_per_rank = 0
         self._destroyed = False
+        self._process = _here.process
+        self._ends = 0
 
     @staticmethod
     def get_low_latency_buffer_size_hint(
@@ -109,6 +134,7 @@ class Buffer:
         """Waits for every rank. (The library's own wait, once the metadata are there, has no timeout.)"""
         self._store.set(f"NIXL_EP/{self.rank}", b"connected")
         self._store.wait([f"NIXL_EP/{rank}" for rank in remote_ranks], self._timeout)
+        self._ends = self._process.ends
         if activate:
             self._masked -= set(remote_ranks)
 
@@ -119,6 +145,7 @@ class Buffer:
     def destroy(self) -> None:
         assert self._explicitly_destroy and not self._destroyed
         self._destroyed = True
+        self._process.ends += 1
 
     def low_latency_dispatch(
         self,
@@ -175,9 +202,11 @@ class Buffer:
         combine_wait_recv_cost_stats: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, EventOverlap, Callable[[], None] | None]:
         assert not use_logfmt and not zero_copy, "not emulated"
+        self._check_mapped()
         source, layout, slots, hidden = handle[:4]
         assert len(handle) == (5 if self.version < (1, 3) else 4), f"a handle of {len(handle)} is of another version"
         assert x.dtype == torch.bfloat16 and x.is_contiguous(), "rows are bf16 and contiguous"
+        _check_address(x)
         assert x.shape == (self._experts_per_rank, self._ranks * slots, hidden), f"rows are {tuple(x.shape)}"
         assert topk_weights.dtype == torch.float32 and topk_weights.is_contiguous()
         assert topk_weights.shape == topk_idx.shape
@@ -188,6 +217,7 @@ class Buffer:
         combined = torch.empty(topk_idx.shape[0], hidden, dtype=torch.bfloat16) if out is None else out
         assert combined.is_contiguous() and combined.dtype == torch.bfloat16
         assert combined.shape == (topk_idx.shape[0], hidden)
+        _check_address(combined)
         receive_rows = self._exchange("combine", (x.clone(), source, layout))
         weights, ids = topk_weights.clone(), flight.ids
 
@@ -197,11 +227,21 @@ class Buffer:
         event, hook = _finish(receive, async_finish, return_recv_hook)
         return combined, event, hook
 
+    def _check_mapped(self) -> None:
+        """The UCX in wheel 1.4.0 (1.22.0) unmaps a peer as a whole when any connection to it ends."""
+        assert not self._destroyed
+        assert self._ends == self._process.ends, (
+            "an illegal address: a buffer that has ended unmapped the peers' memory"
+        )
+
     def _check_dispatch(self, x: torch.Tensor, ids: torch.Tensor, slots: int, num_experts: int | None) -> None:
         """What the library asserts on the host or on the device."""
         bound, known = self._ranks * self._experts_per_rank, limits.limits_of(self.version)
-        assert not self._destroyed
+        self._check_mapped()
+        fills = torch.are_deterministic_algorithms_enabled() and DETERMINISM.fill_uninitialized_memory
+        assert not fills, "torch would fill what is allocated here while the kernel, on another stream, writes it"
         assert x.dtype == torch.bfloat16 and x.is_contiguous(), "x is bf16 and contiguous"
+        _check_address(x)
         assert x.shape[1] in known.hidden_sizes, f"hidden size {x.shape[1]}"
         assert x.shape[0] == ids.shape[0] <= slots <= limits.MAX_TOKENS, f"{x.shape[0]} tokens, {slots} slots"
         assert self._ranks * slots % 4 == 0, f"{self._ranks} ranks of {slots} slots"
@@ -303,6 +343,10 @@ def quantize(x: torch.Tensor, round_scale: bool) -> tuple[torch.Tensor, torch.Te
         scale, inverse = torch.ldexp(one, exponent), torch.ldexp(one, -exponent)
     q = (groups * inverse.unsqueeze(-1)).clamp(-448, 448).to(torch.float8_e4m3fn)
     return q.flatten(1), scale
+
+
+def _check_address(rows: torch.Tensor) -> None:
+    assert rows.data_ptr() % 16 == 0, f"rows at {rows.data_ptr():#x}: kernels move 16 bytes at once"
 
 
 def _plain(rows: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,12 @@ from typing import Any
 
 import attrs
 import torch
+from torch.utils import deterministic
 
 from moe_nixl_ep.limits import Limits, Version, limits_of
+
+DETERMINISM: Any = deterministic
+"""The settings of torch's deterministic mode: properties of a module, which type checkers don't see."""
 
 
 @attrs.frozen

@@ -14,8 +14,10 @@ is quantized by the library, with its own formula: per 128 columns amax = max(1e
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -30,12 +32,14 @@ from moe_core.pool import Lease
 from moe_core.quant import QuantScheme
 from moe_core.types import MODEL_DTYPE_PAYLOAD, Dispatched, ExpertPlacement, Routing
 from moe_nixl_ep.buffers import MAX_IN_FLIGHT, BufferShape, SharedBuffer, lease_buffer
-from moe_nixl_ep.library import Library
+from moe_nixl_ep.library import DETERMINISM, Library
 from moe_nixl_ep.limits import FP8_PAYLOADS, SCALE_GROUP, slots_per_rank, wire_hidden
 from moe_nixl_ep.scales import row_major
 
 _TIMEOUT_S = 30.0
 """Where the group says nothing: the library's own default."""
+_ALIGNMENT = 16
+"""Bytes that the kernels read and write at once: rows begin at a multiple, or the process is lost."""
 
 
 class RanksMaskedError(MoEError):
@@ -137,19 +141,20 @@ class NixlEPPrepareAndFinalize(PrepareAndFinalize):
         """Start the dispatch. `expert_map` is not read: ids are physical, or linear, which is the same."""
         self._admit(hidden_states, payload)
         missing = self.shape.hidden - self.hidden
-        x = functional.pad(hidden_states, (0, missing)) if missing else hidden_states.contiguous()
+        x = functional.pad(hidden_states, (0, missing)) if missing else _aligned(hidden_states)
         ids = routing.topk_ids.to(self._ids).contiguous()
         quantized = payload != MODEL_DTYPE_PAYLOAD
-        received, counts, vendor, event, _ = self._buffer.raw.low_latency_dispatch(
-            x,
-            ids,
-            self.shape.slots,
-            num_experts,
-            use_fp8=quantized,
-            # Scales that are powers of two come as fp32 too, as `formats` holds them; packed bytes nobody here reads.
-            round_scale=FP8_PAYLOADS.get(payload, False),
-            async_finish=True,
-        )
+        with _no_fills():
+            received, counts, vendor, event, _ = self._buffer.raw.low_latency_dispatch(
+                x,
+                ids,
+                self.shape.slots,
+                num_experts,
+                use_fp8=quantized,
+                # Scales that are powers of two come as fp32 too, as `formats` holds them; packed bytes nobody reads.
+                round_scale=FP8_PAYLOADS.get(payload, False),
+                async_finish=True,
+            )
         self._buffer.in_flight += 1
 
         def receive() -> Dispatched:
@@ -183,10 +188,10 @@ class NixlEPPrepareAndFinalize(PrepareAndFinalize):
         handle.consumed = True
         rows = handle.expert_out
         if rows is None:
-            rows = expert_out.contiguous()
+            rows = _aligned(expert_out)
         elif rows.data_ptr() != expert_out.data_ptr():
             rows[..., : self.hidden].copy_(expert_out)
-        direct = handle.expert_out is None and out.is_contiguous()
+        direct = handle.expert_out is None and _is_aligned(out)
         target = out if direct else out.new_empty((out.shape[0], self.shape.hidden))
         weights = routing.topk_weights.contiguous()
         try:
@@ -257,6 +262,38 @@ class NixlEPPrepareAndFinalize(PrepareAndFinalize):
         if self.shape.hidden == self.hidden:
             return None
         return torch.empty(rows.shape, dtype=torch.bfloat16, device=rows.device)
+
+
+_filling = threading.Lock()
+
+
+@contextlib.contextmanager
+def _no_fills() -> Iterator[None]:
+    """Keep torch from filling what the library allocates.
+
+    In torch's deterministic mode `empty` fills new memory, on the current stream. The library allocates what its
+    dispatch returns after its own stream has begun to wait for the current one, so its kernel and those fills write the
+    same memory at the same time, and a count or a row's origin may end as the largest integer.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    with _filling:  # one setting for all threads
+        before = DETERMINISM.fill_uninitialized_memory
+        DETERMINISM.fill_uninitialized_memory = False
+        try:
+            yield
+        finally:
+            DETERMINISM.fill_uninitialized_memory = before
+
+
+def _is_aligned(rows: torch.Tensor) -> bool:
+    return rows.is_contiguous() and rows.data_ptr() % _ALIGNMENT == 0
+
+
+def _aligned(rows: torch.Tensor) -> torch.Tensor:
+    """As the kernels want them; a copy where they are not."""
+    return rows if _is_aligned(rows) else rows.clone(memory_format=torch.contiguous_format)
 
 
 def _named(experts: range) -> str:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import attrs
 import pytest
 import torch
 
@@ -189,6 +190,23 @@ def test_rows_that_are_not_in_the_buffer_are_brought_there():
     run_on_ranks(2, work)
 
 
+def test_rows_that_begin_between_two_words_are_moved():
+    """The kernels read and write 16 bytes at once, and a view may begin anywhere."""
+
+    def off_by_one(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
+
+    def work(group: Any) -> None:
+        backend = make(group, 2048)
+        x, routing = batch(group.rank, 5, 2048)
+        d = prepare(backend, off_by_one(x), routing, MODEL_DTYPE_PAYLOAD)
+        out = off_by_one(torch.full(x.shape, NAN, dtype=torch.bfloat16))
+        backend.finalize(off_by_one(run_experts(d, group.rank)), d.handle, routing, out)
+        assert torch.equal(out, foretold(x, routing, MODEL_DTYPE_PAYLOAD))
+
+    run_on_ranks(2, work)
+
+
 def test_buffers_of_two_shapes_do_not_hear_each_other():
     def work(group: Any) -> None:
         for seed, hidden in enumerate((2048, 3000, 2048)):
@@ -322,6 +340,63 @@ def test_buffers_live_as_long_as_somebody_holds_one_and_go_together():
         assert group not in POOL._owners
 
     run_on_ranks(1, work)
+
+
+def test_buffers_of_all_groups_of_a_process_go_together():
+    """The end of one would unmap the peers' memory for all, as the emulation has it."""
+
+    @attrs.frozen(eq=False)
+    class Launched:
+        """The rank of a launched process in a group of its own."""
+
+        virtual: Any
+        torch_group: Any = attrs.field(factory=object)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.virtual, name)
+
+    def work(group: Any) -> None:
+        layers = {name: make(Launched(group)) for name in ("target", "draft")}
+        assert len(POOL._owners) == 1
+        del layers["draft"]
+        gc.collect()
+        x, routing = batch(group.rank, 5, 2100)
+        d = prepare(layers["target"], x, routing, MODEL_DTYPE_PAYLOAD)
+        out = combine(layers["target"], d, group.rank, x, routing)
+        assert torch.equal(out, foretold(x, routing, MODEL_DTYPE_PAYLOAD))
+
+    run_on_ranks(1, work)
+
+
+def test_the_emulated_end_of_a_buffer_unmaps_the_peers_of_the_others():
+    def work(group: Any) -> None:
+        layer, other = make(group), make(group, 3000)
+        other._buffer.raw.destroy()
+        with pytest.raises(AssertionError, match="an illegal address: a buffer that has ended"):
+            prepare(layer, *batch(group.rank, 2, 2100), MODEL_DTYPE_PAYLOAD)
+        other._buffer.raw._destroyed = False  # for the pool, which ends both
+
+    run_on_ranks(1, work)
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_nothing_fills_what_the_library_allocates_in_torchs_deterministic_mode(payload):
+    """The library's kernels don't wait for such fills, and the emulation refuses them."""
+
+    def work(group: Any) -> None:
+        backend = make(group)
+        x, routing = batch(group.rank, 5, 2100)
+        d = prepare(backend, x, routing, payload)
+        assert torch.equal(combine(backend, d, group.rank, x, routing), foretold(x, routing, payload))
+        with pytest.raises(AssertionError, match="torch would fill what is allocated here"):
+            backend._buffer.raw.low_latency_dispatch(torch.zeros(0, 3072).bfloat16(), d.handle.ids[:0], 8, E)
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        run_on_ranks(4, work)
+        assert torch.empty(1, dtype=torch.int32).item() == torch.iinfo(torch.int32).max, "it fills again"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_captured_graph_keeps_its_buffer():
