@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 4 -m benchmarks.ranks [--only checks] [--json ranks.json]
 
-On 4 GPUs the checks are made over all of them, and over two groups of 2.
+On 4 GPUs the checks are made over all of them, and over two groups of 2, which share the work.
 
 Shape letters: T tokens on this rank · H hidden · I intermediate · E experts · K top-k · M the largest T of any rank.
 """
@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +27,7 @@ from benchmarks.cases import capture, event_us, relative_error
 from benchmarks.rank_checks import ERROR, check
 from moe_core import formats
 from moe_core.group import TorchGroup
+from moe_core.interfaces import Group
 from moe_core.plugins import registry
 from moe_core.tuner import INPUT_AMAX
 
@@ -34,6 +36,7 @@ TIMED = (1, 8, 64, 128)
 SIZED = (256, 512, 1024)  # steps whose buffers are of just their size
 OVERLAPPED = (128, 1024, 4096)
 PAIRS = 10  # of dispatch and combine in one graph
+PATIENCE_S = 300  # groups that share the work wait for each other
 
 
 class Ranks:
@@ -41,38 +44,40 @@ class Ranks:
 
     Args:
         group: None: all ranks that torchrun has started.
+        number: which of the groups of this size it is.
+        of: how many there are.
     """
 
-    def __init__(self, group: TorchGroup | None = None) -> None:
+    def __init__(self, group: Group | None = None, number: int = 0, of: int = 1) -> None:
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
         if group is None:
             backend, known = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
-            dist.init_process_group(backend, timeout=timedelta(seconds=60), device_id=known)
-            group = TorchGroup(timeout_s=60)
-        self.group = group
+            dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE_S), device_id=known)
+            group = TorchGroup(timeout_s=PATIENCE_S)
+        self.group, self.number, self.of = group, number, of
         self.rank, self.size = group.rank, group.size
 
     def parts(self) -> list[Ranks]:
         """The groups that this rank is in, of 2 ranks, of 4 and so on up to all."""
         found, size = [], 2
-        while size < self.size:
+        while size < self.size and self.size % size == 0:
             groups = [dist.new_group(range(first, first + size)) for first in range(0, self.size, size)]
-            found.append(Ranks(TorchGroup(groups[self.rank // size], timeout_s=60)))
+            number = self.rank // size
+            found.append(Ranks(TorchGroup(groups[number], timeout_s=PATIENCE_S), number, len(groups)))
             size *= 2
         return [*found, self]
 
     def say(self, text: str) -> None:
-        if dist.get_rank() == 0:
+        if self.rank == 0:
             print(text, flush=True)
 
     def worst(self, value: float) -> float:
-        """The largest of all processes' values; NaN counts as larger than any."""
+        """The largest of the group's values; NaN counts as larger than any."""
         told = torch.tensor([float("inf") if value != value else value], device=self.device, dtype=torch.float64)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        return told.item()
+        return self.group.all_gather(told).max().item()
 
     def layer(
         self, sizes: dict[str, int], dispatch: str | None, scheme: str, *, experts: str | None = None,
@@ -97,8 +102,7 @@ class Ranks:
         self, sizes: dict[str, int], tokens: int, seed: int, *, rank: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states `[T, H]` and logits `[T, E]`, this rank's own, or those of another rank of the group."""
-        moved = 0 if rank is None else rank - self.rank
-        generator = torch.Generator(self.device).manual_seed(1000 * seed + dist.get_rank() + moved)
+        generator = torch.Generator(self.device).manual_seed(1000 * seed + (self.rank if rank is None else rank))
         x = torch.randn(tokens, sizes["hidden_size"], generator=generator, device=self.device).bfloat16()
         return x, torch.randn(tokens, sizes["num_experts"], generator=generator, device=self.device)
 
@@ -297,13 +301,13 @@ def main() -> None:
     options = parser.parse_args()
     ranks, found = Ranks(), registry()
     usable = [name for name, each in found.dispatch.items() if each.capabilities.carries_tokens and each.probe().ok]
-    right = options.dispatch.split(",") if options.dispatch else usable
+    asked = right = options.dispatch.split(",") if options.dispatch else usable
     schemes = options.schemes.split(",") if options.schemes else list(found.quant_methods)
     where = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "processes on the CPU"
     ranks.say(f"{ranks.size} × {where}, torch {torch.__version__}; relative error against one rank")
     written: dict[str, Any] = {"ranks": ranks.size}
     if options.only in (None, "checks"):
-        right = written["right"] = check(ranks, right, schemes, options.steps, options.soak)
+        right = written["right"] = check(ranks, asked, schemes, options.steps, options.soak)
     if ranks.device.type == "cuda" and options.only in (None, "times"):
         ranks.say(f"\nmicroseconds at T = {', '.join(map(str, TIMED))} tokens a rank, {LARGE}, CUDA graph")
         written["rows"] = timings(ranks, right)
@@ -314,6 +318,8 @@ def main() -> None:
         options.json.write_text(json.dumps(written, indent=2))
     ranks.group.barrier()
     dist.destroy_process_group()
+    if right != asked:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

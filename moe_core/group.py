@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -43,9 +43,11 @@ class TorchGroup:
     def __init__(self, torch_group: dist.ProcessGroup | None = None, *, timeout_s: float = 300.0) -> None:
         if not dist.is_initialized():
             raise RuntimeError("TorchGroup needs torch.distributed.init_process_group to have run; run under torchrun")
-        self._group = torch_group or dist.group.WORLD
-        self._connects_late = "nccl" in str(dist.get_backend_config(self._group))
-        self._connected: set[str] = set()
+        # The default group is not kept: its threads have to end with `destroy_process_group`, not while Python exits.
+        self._group = torch_group
+        backends = (each.split(":") for each in str(dist.get_backend_config(self._group)).split(","))
+        self._connects_late = {device for device, backend in backends if backend == "nccl"}
+        self._connected: set[tuple[str, str]] = set()
         self.timeout_s = timeout_s
 
     @property
@@ -58,8 +60,9 @@ class TorchGroup:
 
     @property
     def torch_group(self) -> dist.ProcessGroup:
-        assert self._group is not None
-        return self._group
+        group = self._group or dist.group.WORLD
+        assert group is not None
+        return group
 
     @property
     def store(self) -> Any:
@@ -91,7 +94,8 @@ class TorchGroup:
         return self._all_to_all(tensor, send, receive, self._start)
 
     def barrier(self) -> None:
-        with self._named("barrier"), self._connecting("barrier"):
+        by_device = next(iter(self._connects_late), "cpu")  # torch chooses: guarded where it may be NCCL
+        with self._named("barrier"), self._connecting("barrier", by_device):
             dist.barrier(group=self._group)
 
     def await_device(self, stage: str) -> None:
@@ -150,13 +154,13 @@ class TorchGroup:
 
     def _run(self, name: str, collective: Callable[..., Any], *arguments: Any) -> Callable[[], None]:
         """A whole collective; nothing is left to wait for."""
-        with self._named(name), self._connecting(name):
+        with self._named(name), self._connecting(name, _device_of(arguments)):
             collective(*arguments, group=self._group)
         return _nothing
 
     def _start(self, name: str, collective: Callable[..., Any], *arguments: Any) -> Callable[[], None]:
         """Enter a collective. The result holds its tensors and waits: the host on gloo, the current stream on NCCL."""
-        with self._named(name), self._connecting(name):
+        with self._named(name), self._connecting(name, _device_of(arguments)):
             work = collective(*arguments, group=self._group, async_op=True)
         return functools.partial(self._wait, name, [work, *arguments])
 
@@ -179,16 +183,16 @@ class TorchGroup:
                 "them again"
             ) from error
 
-    def _connecting(self, collective: str) -> contextlib.AbstractContextManager[None]:
-        """Guards the first call of a collective, where ranks may still have to be connected."""
-        unguarded = not self._connects_late or collective in self._connected
-        return _UNGUARDED if unguarded else self._first(collective)
+    def _connecting(self, collective: str, device: str) -> contextlib.AbstractContextManager[None]:
+        """Guards the first call of a collective on this type of device, where ranks may still have to be connected."""
+        unguarded = device not in self._connects_late or (collective, device) in self._connected
+        return _UNGUARDED if unguarded else self._first(collective, device)
 
     @contextlib.contextmanager
-    def _first(self, collective: str) -> Iterator[None]:
+    def _first(self, collective: str, device: str) -> Iterator[None]:
         with limited(f"rank {self.rank} of {self.size}, connecting for its first {collective}", self.timeout_s):
             yield
-        self._connected.add(collective)
+        self._connected.add((collective, device))
 
     def _suspects(self) -> str:
         """Which ranks have not failed in the same way: the one that the others waited for is among them."""
@@ -210,6 +214,11 @@ class TorchGroup:
 
 
 _Run = Callable[..., Callable[[], None]]
+
+
+def _device_of(arguments: Sequence[Any]) -> str:
+    """The type of the device that a collective's tensors are on."""
+    return next(each.device.type for each in arguments if isinstance(each, torch.Tensor))
 
 
 def _nothing() -> None:

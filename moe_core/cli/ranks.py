@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -67,6 +68,9 @@ def ranks(device: str | None) -> Iterator[Ranks]:
 
 
 def _connect(backend: str) -> None:
+    # Some default arguments in there keep the group that stands when it is imported, as transformers does. The group's
+    # threads would then outlive `destroy_process_group`, and now and then abort the process while Python exits.
+    importlib.import_module("torch.distributed.nn")
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
     except (RuntimeError, ValueError) as error:

@@ -10,6 +10,7 @@ a backend does then, and faults, are asked on virtual ranks.
 
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
 import time
@@ -71,6 +72,8 @@ def join(timeout_s: float) -> tuple[TorchGroup, torch.device]:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        if backend == "gloo":  # its threads, if they are left, abort the process now and then, while Python exits
+            atexit.register(dist.destroy_process_group)
     return TorchGroup(timeout_s=timeout_s), device
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -116,26 +117,52 @@ def test_a_rank_whose_peer_died_says_who_it_is_and_what_it_was_in(tmp_path: Path
 
 LATE = """
 import sys, time, torch, torch.distributed as dist
-from moe_core.group import TorchGroup
+import moe_core.group
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
-group = TorchGroup(timeout_s=0.5)
-group._connects_late = True  # as NCCL does
+group = moe_core.group.TorchGroup(timeout_s=0.5)
+group._connects_late = {"cpu", "meta"}  # as NCCL does
 group.all_gather(torch.ones(1))
 time.sleep(0.7)
 group.all_gather(torch.ones(1))
-dist.all_reduce = dist.barrier = lambda *arguments, **options: time.sleep(60)
+never = lambda *arguments, **options: time.sleep(60)
+dist.all_reduce = dist.barrier = moe_core.group._all_gather = never
 print("connected", flush=True)
-group.barrier() if sys.argv[2] == "barrier" else group.all_reduce(torch.ones(1))
+{
+    "all_reduce": lambda: group.all_reduce(torch.ones(1)),
+    "all_gather": lambda: group.all_gather(torch.ones(1, device="meta")),
+    "barrier": group.barrier,
+}[sys.argv[2]]()
 """
 
 
-@pytest.mark.parametrize("name", ["all_reduce", "barrier"])
+@pytest.mark.parametrize("name", ["all_reduce", "all_gather", "barrier"])
 def test_a_connection_that_never_comes_ends_the_process(tmp_path: Path, name: str):
-    """In the first call of a collective, and only while it lasts."""
+    """In the first call of a collective on a type of device, and only while it lasts."""
     command = [sys.executable, "-c", LATE, str(tmp_path / "store"), name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (EXIT_CODE, "connected\n"), done.stderr
     assert f"rank 0 of 1, connecting for its first {name}: not done within 0.5 s; another rank died" in done.stderr
+
+
+ENDED = """
+import importlib, weakref, torch.distributed as dist
+from moe_core.cli.ranks import _connect
+from moe_core.group import TorchGroup
+_connect("gloo")
+group = TorchGroup()
+group.barrier()
+importlib.import_module("torch.distributed.nn.functional")  # as transformers does
+seen = weakref.ref(dist.group.WORLD)
+dist.destroy_process_group()
+print(seen(), flush=True)
+"""
+
+
+def test_the_default_groups_threads_end_with_it():
+    """Threads that are left abort the process now and then, while Python exits."""
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    done = subprocess.run([sys.executable, "-c", ENDED], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr
 
 
 def test_a_group_without_a_process_group_says_what_to_do():

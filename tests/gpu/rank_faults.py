@@ -23,10 +23,12 @@ from moe_core.errors import MoEError
 from moe_core.group import TorchGroup
 from moe_core.plugins import registry
 
-TIMEOUT_S = 2.0
+TIMEOUT_S = 3.0
 """Of the layers' groups, or, in eager mode, of torch's."""
 LATE_S = TIMEOUT_S + 3
 """How late: after everybody has been told."""
+PATIENT_S = 60.0
+"""Where nothing is to fail."""
 TOKENS = 4
 
 
@@ -42,10 +44,10 @@ def register(name: str, package: str) -> None:
 
 
 def layer(
-    dispatch: str, rank: int, *, top_k: int = 2, collectives_s: float = 60
+    dispatch: str, rank: int, *, top_k: int = 2, collectives_s: float = PATIENT_S, timeout_s: float = TIMEOUT_S
 ) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """A layer with a group of its own (what has failed once is of no use any more), and its inputs."""
-    group = TorchGroup(dist.new_group(timeout=timedelta(seconds=collectives_s)), timeout_s=TIMEOUT_S)
+    group = TorchGroup(dist.new_group(timeout=timedelta(seconds=collectives_s)), timeout_s=timeout_s)
     config = moe_core.MoEConfig(
         num_experts=8, top_k=top_k, hidden_size=2048, intermediate_size=256, max_tokens_per_rank=8,
         dtype=torch.bfloat16, cuda_graph=True,
@@ -57,6 +59,14 @@ def layer(
             made.routed_experts.load_expert(expert, name, torch.randn(shape).mul_(0.05).bfloat16())
     made.routed_experts.pack_weights()
     return made, torch.randn(TOKENS, 2048, device="cuda").bfloat16(), torch.randn(TOKENS, 8, device="cuda")
+
+
+def warm_up(dispatch: str, rank: int) -> None:
+    """Import and compile what a step needs: where one rank takes seconds longer for that, it would be the late one."""
+    same_kernels = "all_gather" if dispatch == "all_gather" else "batched"
+    made, x, logits = layer(same_kernels, rank, timeout_s=PATIENT_S)
+    made(x, router_logits=logits)
+    torch.cuda.synchronize()
 
 
 def told(dispatch: str, fault: str, fails: Callable[[], object]) -> None:
@@ -147,8 +157,9 @@ def main() -> None:
     # With its device known, NCCL connects at once, and not in the first step.
     known = None if fault == "unconnected" else torch.device("cuda", rank)
     dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=2, device_id=known)
-    if dispatch in PACKAGES:
-        register(dispatch, PACKAGES[dispatch])
+    for name, package in PACKAGES.items():
+        register(name, package)
+    warm_up(dispatch, rank)
     FAULTS[fault](dispatch, rank)
     os._exit(0)  # groups that have failed are not shut down
 
