@@ -37,6 +37,8 @@ from moe_symm.layout import Form
 LIMIT_S = 60
 CYCLES = 400_000  # of the longest delay of a rank: about 0.2 ms
 LATE_S = 2.0
+GRIDS = (1, 8, 16)
+"""Numbers of tokens whose dispatches have other grids than the most has."""
 
 LARGE = Shape(7168)
 SHAPES = (
@@ -90,7 +92,8 @@ def check(bench: Reference, routings: int) -> tuple[int, int]:
     together, alone = random.Random(3), random.Random(bench.rank)
     wrong, steps, most = torch.zeros((), dtype=torch.int64, device="cuda"), 0, bench.shape.tokens
     for number in range(routings):
-        kinds = ([most] * bench.size, [1] * bench.size, [together.randint(0, most) for _ in range(bench.size)])
+        few = min(most, GRIDS[number // 4 % len(GRIDS)])
+        kinds = ([most] * bench.size, [few] * bench.size, [together.randint(0, most) for _ in range(bench.size)])
         sizes = [*kinds, [most * (rank == number % bench.size) for rank in range(bench.size)]][number % 4]
         flights, split = [], together.random() < 0.5
         for _ in range(1 + number % 2):

@@ -206,5 +206,5 @@ def clear(memory: torch.Tensor, layout: Layout) -> None:
     """The state before the first step, of a whole uint8 memory: no ids; counters, epochs and fault words at 0."""
     memory.zero_()
     for lane in range(LANES):
-        begin = lane * layout.lane_bytes + layout.offsets["ids"]
+        begin = layout.begin(lane, "ids")
         memory[begin : begin + layout.rows * layout.top_k * 4].fill_(255)  # -1

@@ -135,7 +135,7 @@ class EmulatedMemory:
 
     def area(self, lane: int, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
         """A storage of its own for each area: what others write beside it does not count as a write into it."""
-        begin, size = lane * self.layout.lane_bytes + self.layout.offsets[name], math.prod(shape) * dtype.itemsize
+        begin, size = self.layout.begin(lane, name), math.prod(shape) * dtype.itemsize
         if not size:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self._bytes, dtype=torch.uint8, offset=begin, count=size).view(dtype).view(shape)

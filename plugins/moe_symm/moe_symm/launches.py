@@ -42,9 +42,14 @@ def warps(hidden: int) -> int:
     return max(4, min(16, block_columns(hidden) // 512))
 
 
-def dispatch_programs(tokens: int) -> int:
-    """The grid of a dispatch, by T: beyond what fills the links, each program is one more count to wait for."""
-    return next((programs for most, programs in ((8, 16), (16, 32), (256, 64)) if tokens <= most), 128)
+def dispatch_programs(tokens: int, quantize: bool) -> int:
+    """The grid of a dispatch, by T: beyond what fills the links, each program is one more count to wait for.
+
+    To quantize a row takes a program longer than to send it: with 8 tokens on 4 ranks, 32 programs of one row save
+    1.2 us against 16 of two.
+    """
+    few = 4 if quantize else 8
+    return next((programs for most, programs in ((few, 16), (16, 32), (256, 64)) if tokens <= most), 128)
 
 
 def combine_grid(layout: Layout) -> tuple[int, int, int]:

@@ -165,6 +165,10 @@ class Layout:
     def total_bytes(self) -> int:
         return LANES * self.lane_bytes
 
+    def begin(self, lane: int, area: str) -> int:
+        """Where an area of a lane starts in the memory."""
+        return lane * self.lane_bytes + self.offsets[area]
+
 
 @attrs.frozen
 class Shares:

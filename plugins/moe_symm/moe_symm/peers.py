@@ -53,7 +53,7 @@ class PeerMemory:
         group.barrier()  # nobody writes into memory that is not cleared yet
 
     def area(self, lane: int, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        begin = lane * self._layout.lane_bytes + self._layout.offsets[name]
+        begin = self._layout.begin(lane, name)
         return self.memory[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
     def compile(self, layer: Layer) -> None:
@@ -75,7 +75,7 @@ class PeerMemory:
     ) -> None:
         tokens = x.shape[0]
         launch = self._kernels[layer].dispatch[quantize, wait]
-        launch((dispatch_programs(tokens), 1, 1), ids.dtype, x, ids, weights, *self._tail(lane, tokens))
+        launch((dispatch_programs(tokens, quantize), 1, 1), ids.dtype, x, ids, weights, *self._tail(lane, tokens))
 
     def arrive(self, lane: int, layer: Layer) -> None:
         launch = self._kernels[layer].arrive

@@ -130,7 +130,7 @@ class SymmPrepareAndFinalize(PrepareAndFinalize):
         try:
             self._combine(handle, y, target)
         finally:
-            self._give(handle)
+            self._buffer.give(handle.lane)
         if target is not out:
             out.copy_(target)
         self.check()
@@ -145,7 +145,7 @@ class SymmPrepareAndFinalize(PrepareAndFinalize):
         try:
             self._combine(handle, y, target, collect=False)
         except BaseException:
-            self._give(handle)
+            self._buffer.give(handle.lane)
             raise
 
         def receive() -> None:
@@ -153,7 +153,7 @@ class SymmPrepareAndFinalize(PrepareAndFinalize):
             try:
                 self._combine(handle, y, target, send=False)
             finally:
-                self._give(handle)
+                self._buffer.give(handle.lane)
             if target is not out:
                 out.copy_(target)
             self.check()
@@ -172,7 +172,7 @@ class SymmPrepareAndFinalize(PrepareAndFinalize):
         try:
             self._combine(handle, _ready(nothing, lane), nothing.new_empty(handle.ids.shape[0], self.layout.hidden))
         finally:
-            self._give(handle)
+            self._buffer.give(handle.lane)
 
     def check(self) -> None:
         """Raise for a rank that was waited for in vain. Does not wait for the device.
@@ -252,7 +252,7 @@ class SymmPrepareAndFinalize(PrepareAndFinalize):
                 self._connection.arrive(lane, self.layer)
             self.check()
         except BaseException:
-            self._give(handle)
+            self._buffer.give(handle.lane)
             raise
         return dispatched
 
@@ -271,11 +271,6 @@ class SymmPrepareAndFinalize(PrepareAndFinalize):
     def _still_there(self, handle: SymmHandle) -> None:
         if handle.resets != self._buffer.resets:
             raise MoEError("dispatch symm: the buffer was reset while this step was in flight; begin it again")
-
-    def _give(self, handle: SymmHandle) -> None:
-        """The lane is free again, unless a reset has freed it."""
-        if handle.resets == self._buffer.resets:
-            self._buffer.give(handle.lane)
 
 
 def _is_placed(tensor: torch.Tensor) -> bool:

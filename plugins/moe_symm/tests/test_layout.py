@@ -45,7 +45,7 @@ def test_grids_can_count_and_run_at_once():
     from moe_symm import launches
 
     for tokens in (0, 1, 2, 3, 16, 17, 128, 256, 257, 8192):
-        assert 1 <= launches.dispatch_programs(tokens) <= UNITS
+        assert all(1 <= launches.dispatch_programs(tokens, quantize) <= UNITS for quantize in (False, True))
         programs, _, warps = launches.combine_grid(Layout(4, max(tokens, 1), 7168, 8, 2))
         assert 1 <= programs <= UNITS
         assert programs * warps <= 128 * 16  # all of them are resident on 132 multiprocessors

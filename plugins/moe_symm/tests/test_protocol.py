@@ -105,8 +105,10 @@ class Rank:
         x, routing, named = self.arguments(batch)
         return (self.backend.prepare_start if split else self.backend.prepare)(x, routing, **named), routing
 
-    def finalize(self, batch: Batch, dispatched: Dispatched, routing: Routing, *, split: bool = False) -> torch.Tensor:
-        out = torch.full((batch.sizes[self.rank], H), torch.nan)
+    def finalize(
+        self, batch: Batch, dispatched: Dispatched, routing: Routing, *, out: Any = None, split: bool = False
+    ) -> torch.Tensor:
+        out = torch.full((batch.sizes[self.rank], H), torch.nan) if out is None else out
         arguments = (self.expert_rows(batch, self.rank), dispatched.handle, routing, out)
         if split:
             self.backend.finalize_start(*arguments)()
@@ -204,8 +206,7 @@ def in_rows(of_sources: torch.Tensor) -> torch.Tensor:
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    plain = one.dtype is not torch.float8_e4m3fn
-    return torch.equal(one, other) if plain else torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 def wrong_steps(
@@ -347,10 +348,11 @@ def test_counts_are_kept_for_programs_that_read_them_late():
     assert run_on_ranks(2, an_empty_step_and_a_full_one, IdleProgramReadsTheNextCounts) != [True, True]
 
 
-def late(group: VirtualGroup, stage: str, form: Form) -> tuple[str, str, int]:
-    """What is said where rank 1 is late, what is said after that, and how many steps are wrong after a reset."""
+def late(group: VirtualGroup, stage: str, form: Form) -> tuple[list[str], torch.Tensor, int]:
+    """What is said where rank 1 is late and then again, the step's results, and steps that are wrong after a reset."""
     rank = Rank(group, EmulatedMemory, 0, form, timeout_s=0.3)
-    late, said, batch = group.rank == 1, ["nothing", "nothing"], rank.batch()
+    late, said, out = group.rank == 1, ["nothing", "nothing"], torch.zeros(M, H)
+    batch = attrs.evolve(rank.batch(), sizes=[M] * group.size)
     for attempt in range(2):
         try:
             if late and stage == "dispatch":
@@ -358,21 +360,22 @@ def late(group: VirtualGroup, stage: str, form: Form) -> tuple[str, str, int]:
             dispatched, routing = rank.prepare(batch)
             if late and stage == "combine":
                 group.store.get("the others have given up")
-            rank.finalize(batch, dispatched, routing)
+            rank.finalize(batch, dispatched, routing, out=out)
         except CollectiveError as error:
             said[attempt] = str(error)
         finally:
             if not late:
                 group.store.set("the others have given up", b"")
     rank.backend.reset()
-    return said[0], said[1], sum(rank.step(2, split=bool(number % 2)) for number in range(4))
+    return said, out, sum(rank.step(2, split=bool(number % 2)) for number in range(4))
 
 
 @pytest.mark.parametrize(("stage", "form"), [("dispatch", Form.STANDARD), ("combine", Form.EXACT)])
 def test_all_ranks_learn_who_was_waited_for_and_go_on_after_a_reset(stage, form):
-    for first, second, wrong in run_on_ranks(3, late, stage, form):
+    for (first, second), out, wrong in run_on_ranks(3, late, stage, form):
         assert f"waited for rank 1 in {stage}" in first
         assert second == first  # nothing more is tried
+        assert bool(out.isnan().all()) == (stage == "combine")  # a dispatch that is lost gives nothing to combine
         assert wrong == 0
 
 
@@ -423,9 +426,13 @@ def test_a_step_that_a_rank_gave_up_is_no_number(form):
     assert bool(second.isnan().all())
 
 
-def fail_before_the_combine(group: VirtualGroup) -> int:
+def fail_to_send(group: VirtualGroup) -> int:
     rank = Rank(group, EmulatedMemory, 5)
     batch = attrs.evolve(rank.batch(), sizes=[M] * group.size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rank.backend._connection, "dispatch", None)
+        with pytest.raises(TypeError):
+            rank.prepare(batch)
     dispatched, routing = rank.prepare(batch)
     nothing: Any = None
     with pytest.raises(AttributeError):
@@ -434,8 +441,40 @@ def fail_before_the_combine(group: VirtualGroup) -> int:
     return rank.step(2)
 
 
-def test_a_combine_that_was_not_sent_can_be_given_up():
-    assert run_on_ranks(2, fail_before_the_combine) == [0, 0]
+def test_what_was_not_sent_keeps_no_lane():
+    assert run_on_ranks(2, fail_to_send) == [0, 0]
+
+
+class TakesWholeTensors(EmulatedMemory):
+    """As the kernels do."""
+
+    def dispatch(self, lane: int, layer: Any, *sent: Any, **named: Any) -> None:
+        assert all(tensor.is_contiguous() for tensor in sent)
+        super().dispatch(lane, layer, *sent, **named)
+
+    def combine(self, lane: int, layer: Any, y: torch.Tensor, *theirs: Any, **named: Any) -> None:
+        assert all(tensor.is_contiguous() for tensor in (*theirs, *([] if self.layout.bulk else [y])))
+        super().combine(lane, layer, y, *theirs, **named)
+
+
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.repeat_interleave(2, -1)[..., ::2]
+
+
+def steps_on_strided_tensors(group: VirtualGroup, form: Form) -> int:
+    rank, wrong = Rank(group, TakesWholeTensors, 7, form), 0
+    drawn = rank.batch()
+    batch = Batch(strided(drawn.x), strided(drawn.ids), strided(drawn.weights), [M] * group.size)
+    for split in (False, True):
+        arrived, routing = rank.prepare(batch, split=split)
+        out = strided(torch.full((M, H), torch.nan))
+        rank.finalize(batch, arrived() if split else arrived, routing, out=out, split=split)
+        wrong += not torch.equal(out, rank.expected(batch))
+    return wrong
+
+
+def test_tensors_of_any_strides(form):
+    assert run_on_ranks(2, steps_on_strided_tensors, form) == [0, 0]
 
 
 def refuse(group: VirtualGroup) -> None:
