@@ -25,7 +25,7 @@ from moe_core.types import ExpertWeights, Routing
 ROUNDS = 5
 LIMIT_US = 60.0
 """What a kernel call may take."""
-PACKED = ("nvfp4", "fp8_block", "fp8_channel")
+PACKED = ("nvfp4", "fp8_block", "fp8_channel", "fp8_tensor")
 PACKED_LIMIT_US = 70.0
 """What it may take with packed experts of these schemes, where the packages that bring them are installed."""
 
@@ -125,7 +125,7 @@ def bridge_calls(shape: cases.Shape, weights: cases.Weights, inputs: cases.Input
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="qwen3-30b,deepseek-v3-tp8,mixtral-8x7b")
+    parser.add_argument("--shapes", default="qwen3-30b,deepseek-v3-tp8,mixtral-8x7b,gpt-oss-120b-dims")
     parser.add_argument("--json", default="")
     arguments = parser.parse_args()
     report: dict[str, dict[str, float]] = {}

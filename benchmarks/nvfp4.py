@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks import cases
-from benchmarks.experts import host_us
+from benchmarks.experts import compile_steps, host_us
 from moe_core.emulated import dequantize_expert
 from moe_core.ops import (
     ExpertsLauncher,
@@ -82,14 +82,14 @@ def empty_weights(shape: cases.Shape) -> Nvfp4Weights:
     return Nvfp4Weights(activation=shape.activation, **tensors)
 
 
-def plain_launcher(shape: cases.Shape, device: str) -> ExpertsLauncher:
+def plain_launcher(shape: cases.Shape) -> ExpertsLauncher:
     """Our bfloat16 experts of the same sizes."""
-    weights = cases.make_weights(shape, device)
+    weights = cases.make_weights(shape, "cuda")
     return ExpertsLauncher(weights.w13, weights.w2, top_k=shape.top_k, activation=shape.activation)
 
 
 def compile_step(job: tuple[cases.Shape, str, int, int]) -> None:
-    """Compiles a step of (shape, "nvfp4", "bf16" or "batched", T or C, compute capability as 90)."""
+    """Compiles a step of (shape, "nvfp4" or "batched", T or C, compute capability as 90)."""
     shape, what, size, arch = job
     with compile_only(arch):
         if what == "batched":
@@ -98,9 +98,8 @@ def compile_step(job: tuple[cases.Shape, str, int, int]) -> None:
             counts = torch.empty(shape.experts, dtype=torch.int32, device="meta")
             launcher(x, counts, space_of(launcher, size, "meta"), torch.empty_like(x))
             return
-        ours = what == "nvfp4"
-        step = Nvfp4ExpertsLauncher(empty_weights(shape), top_k=shape.top_k) if ours else plain_launcher(shape, "meta")
-        prepared(step)(cases.make_inputs(shape, size, 0, "meta"))()
+        launcher = Nvfp4ExpertsLauncher(empty_weights(shape), top_k=shape.top_k)
+        prepared(launcher)(cases.make_inputs(shape, size, 0, "meta"))()
 
 
 def compile_all(shapes: list[cases.Shape], tokens: list[int], rows: list[int], plain: bool) -> None:
@@ -110,9 +109,11 @@ def compile_all(shapes: list[cases.Shape], tokens: list[int], rows: list[int], p
     for shape in shapes:
         jobs += [(shape, "batched", CAPACITY)] if rows else []
         jobs += [(replace(shape, top_k=1), "nvfp4", shape.experts * r) for r in rows]
-        jobs += [(shape, what, t) for t in tokens for what in (("nvfp4", "bf16") if plain else ("nvfp4",))]
+        jobs += [(shape, "nvfp4", t) for t in tokens]
     jobs.sort(key=lambda job: job[1] != "batched" and -job[2])
     cases.compile_ahead(compile_step, [(*job, 10 * major + minor) for job in jobs])
+    if plain:
+        compile_steps([(shape, t) for shape in shapes for t in tokens])
 
 
 def reference(weights: ExpertWeights, inputs: cases.Inputs, tokens: list[int]) -> torch.Tensor:
@@ -249,7 +250,7 @@ def main() -> None:
         ours, report["packing_s"][name] = packed(shape, weights)
         print(f"{name:>18} packed in {report['packing_s'][name]:.2f} s", flush=True)
         launcher = Nvfp4ExpertsLauncher(ours, top_k=shape.top_k)
-        plain = None if arguments.only_ours else plain_launcher(shape, "cuda")
+        plain = None if arguments.only_ours else plain_launcher(shape)
         for t in tokens:
             report["steps"].append(measure(shape, weights, launcher, plain, t, copy, matmul))
             print(line(report["steps"][-1]), flush=True)

@@ -64,6 +64,11 @@ class GemmShape:
     pdl: bool
     early: bool
 
+    @property
+    def comes_early(self) -> bool:
+        """Of kernels whose programs fill their multiprocessors: programmatic launch or none."""
+        return self.pdl and self.early
+
 
 class TiledGemm:
     """One program per tile and block of columns, or programs that walk them (see `_kernels/fp8_grouped.py`)."""
@@ -152,6 +157,7 @@ class SpecializedGemm:
         self, weights: Fp8Weights, problem: ExpertsProblem, config: Fp8SpecializedConfig, shape: GemmShape,
         dtype: torch.dtype,
     ):  # fmt: skip
+        from moe_core.ops._kernels.fp8_halves import fp8_specialized_halves_kernel
         from moe_core.ops._kernels.fp8_specialized import fp8_specialized_kernel
 
         self._config, self._shape, self._num_sms = config, shape, problem.num_sms
@@ -177,8 +183,10 @@ class SpecializedGemm:
             "A_SCALE": "expert" if spec.by_expert else spec.activations, "OUT": shape.out,
             "POWER_OF_TWO": spec.power_of_two, "DTYPE": triton_dtype(dtype), "GATHER": shape.gather,
             "BM": config.block_m, "STAGES": config.stages, "GROUP": config.group, "E": problem.num_experts,
+            "EARLY": shape.comes_early,
         }  # fmt: skip
-        self._launch = KernelLaunch(fp8_specialized_kernel, constants, warps=4)
+        kernel = fp8_specialized_halves_kernel if config.halves else fp8_specialized_kernel
+        self._launch = KernelLaunch(kernel, constants, warps=4, pdl=shape.comes_early)
 
     def __call__(
         self, a: Operand, c: torch.Tensor, c_scale: torch.Tensor | None, workspace: Mapping[str, torch.Tensor],
@@ -199,7 +207,7 @@ class SpecializedGemm:
 class AlternatingGemm:
     """The down GEMM with resident weights and two warpgroups in turns (see `_kernels/fp8_alternating.py`)."""
 
-    def __init__(self, weights: Fp8Weights, problem: ExpertsProblem, config: AlternatingConfig):
+    def __init__(self, weights: Fp8Weights, problem: ExpertsProblem, config: AlternatingConfig, early: bool):
         from moe_core.ops._kernels.fp8_alternating import fp8_alternating_down_kernel
 
         blocks, inner, hidden = config.block_n // FP8_GROUP, problem.intermediate_size, problem.hidden_size
@@ -217,9 +225,9 @@ class AlternatingGemm:
         constants = {
             "H": hidden, "E": problem.num_experts, "KB": -(-inner // FP8_GROUP), "NB": blocks, "SE": strides["SE"],
             "SN": strides["SN"], "W_STAGES": config.weight_stages, "A_STAGES": config.row_stages,
-            "LAYOUT": _row_pieces(FP8_GROUP),
+            "LAYOUT": _row_pieces(FP8_GROUP), "EARLY": early,
         }  # fmt: skip
-        self._launch = KernelLaunch(fp8_alternating_down_kernel, constants, warps=4)
+        self._launch = KernelLaunch(fp8_alternating_down_kernel, constants, warps=4, pdl=early)
 
     def __call__(
         self, a: Operand, c: torch.Tensor, c_scale: torch.Tensor | None, workspace: Mapping[str, torch.Tensor],
@@ -236,7 +244,7 @@ def gemm(
 ) -> TiledGemm | SpecializedGemm | AlternatingGemm:  # fmt: skip
     """The GEMM that a configuration asks for."""
     if isinstance(config, AlternatingConfig):
-        return AlternatingGemm(weights, problem, config)
+        return AlternatingGemm(weights, problem, config, shape.comes_early)
     if isinstance(config, TileConfig):
         return TiledGemm(weights, problem, config, shape, dtype)
     return SpecializedGemm(weights, problem, config, shape, dtype)

@@ -14,7 +14,7 @@ from moe_core.ops._fp8_quantize import ExpertScales, QuantizeByExpert, QuantizeR
 from moe_core.ops._fp8_scan import quantized_twice, step_key
 from moe_core.ops._fp8_weights import FP8_GROUP, Fp8Weights
 from moe_core.ops._launch import ExpertsProblem, TileConfig, align_tiles
-from moe_core.ops._reduce import ReduceLaunch
+from moe_core.ops._reduce import ReduceFewLaunch, ReduceLaunch
 from moe_core.ops._runtime import KernelLaunch
 
 
@@ -41,9 +41,11 @@ class Fp8Gemms:
             up=True, gather=not batched and not spec.by_expert, own_rows=spec.by_expert, out=out, split=1,
             pdl=config.pdl, early=config.early,
         ), dtype)  # fmt: skip
+        # With loading warps it looks for its tiles before it waits; a plain kernel lets it come before they are known.
+        early = config.early and (isinstance(config.down, TileConfig) or not isinstance(up, TileConfig))
         self._down = gemm(weights, problem, config.down, GemmShape(
             up=False, gather=False, own_rows=True, out=None, split=up.block_m // config.down_m,
-            pdl=config.pdl, early=config.early,
+            pdl=config.pdl, early=early,
         ), dtype)  # fmt: skip
 
     def _prepare_quantizers(self, pdl: bool) -> None:
@@ -94,6 +96,9 @@ class Fp8Gemms:
             self._rows_13(x, rows, scale, where.key, row_end if self._batched else None, where.capacity)
             return Operand(rows, scale)
         if self._expert_13 is None:
+            if x_scale is not None and (x.data_ptr() | x.stride(0)) % 4:
+                # Gathered rows are copied in pieces of 4 bytes or more, from borders of such pieces.
+                x = workspace["x_q"][: x.shape[0]].copy_(x)
             return Operand(x, x_scale)
         count = x.shape[0] * (1 if self._batched else self._problem.top_k)
         rows, again = quantized_twice(workspace["x_q" if self._batched else "y"], count, self._problem.hidden_size)
@@ -138,6 +143,7 @@ class Fp8GroupedRunner:
         self._align = AlignLaunch(problem, config.up.block_m, config.pdl)
         self._gemms = Fp8Gemms(weights, problem, config, dtype, batched=False)
         self._reduce = ReduceLaunch(problem, False, config.pdl)
+        self._reduce_few = ReduceFewLaunch(problem, config.pdl)
 
     def __call__(
         self,
@@ -156,7 +162,11 @@ class Fp8GroupedRunner:
         self._align(ids, num_rows, workspace, key)
         tiles = align_tiles(num_slots, problem.num_experts, self._block_m)
         self._gemms(x, x_scale, workspace["y"], workspace, Rows(ids, num_rows, 0, tiles, None, key))
-        self._reduce(workspace["y"], ids, router_weights, workspace["row_of_slot"], num_rows, out)
+        y, row_of_slot = workspace["y"], workspace["row_of_slot"]
+        if num_rows is None:
+            self._reduce(y, ids, router_weights, row_of_slot, None, out)
+        else:
+            self._reduce_few(y, ids, router_weights, row_of_slot, num_rows, out, key)
 
 
 class Fp8BatchedRunner:

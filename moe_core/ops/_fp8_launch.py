@@ -30,6 +30,9 @@ STREAM_TOKENS = 8
 MAX_STREAM_SLOTS = 128
 """Ids of a step that it takes: every program compares each with each."""
 
+MAX_STREAM_PROGRAMS = 144
+"""Its programs at most: as many as the largest Hopper chip has multiprocessors. Scratch is for them, on any device."""
+
 STREAM_STEP = 80 << 20
 """Bytes of weights from which a step is better off on the stream path than by slot: 74 MB took 8 % longer (Qwen3-30B, 2
 tokens), 87 MB 5 % less (DeepSeek-V3, TP 8, 2), 136 MB 1 to 2 % less (Qwen3, 4), 244 MB 13 to 16 % less (Qwen3, 8)."""
@@ -50,13 +53,19 @@ ROOMY = (9, 10)
 
 @dataclass(frozen=True)
 class Fp8SpecializedConfig:
-    """A GEMM with loading warps (see `_kernels/fp8_specialized.py`); block_m is 128, or 64 for tiles taken in turns."""
+    """A GEMM with loading warps (see `_kernels/fp8_specialized.py`); block_m is 128, or 64 for tiles taken in turns.
+
+    `halves`: each group of warps takes half of every tile of 64 rows (see `_kernels/fp8_halves.py`).
+    """
 
     stages: int = 4
     group: int = 4
     block_m: int = 128
+    halves: bool = False
 
     def __post_init__(self) -> None:
+        if self.halves and self.block_m != 64:
+            raise ValueError(f"{self}: halves are those of a tile of 64 rows")
         if self.block_m not in (64, 128):
             raise ValueError(f"{self}: two groups of warps share a tile of 128 rows, or take a tile of 64 in turns")
 
@@ -66,7 +75,8 @@ class Fp8GroupedConfig:
     """The align kernel cuts rows into tiles of up.block_m; the down GEMM may cut these further, or go by experts.
 
     `pdl`: programmatic launch: a kernel comes beside the last programs of the one before it, or, `early`, beside its
-    first ones: waiting programs hold shared memory, which many tiles need themselves.
+    first ones: waiting programs hold shared memory, which many tiles need themselves. GEMMs whose programs fill their
+    multiprocessors, with loading warps or in turns, know only `early`: they come as each of those before them goes.
     """
 
     up: TileConfig | Fp8SpecializedConfig
@@ -91,13 +101,11 @@ class Fp8GroupedConfig:
 class Fp8StreamConfig:
     """Two kernels that weights stream through, a program on each multiprocessor (see `_kernels/fp8_stream.py`).
 
-    Buffers hold 16 KiB of weights and come in pairs. With over 128 `registers` a thread the down GEMM's programs stay
-    out until the up GEMM's are done: so their first weights come while act is quantized, when little else is read.
+    Buffers hold 16 KiB of weights and come in pairs.
     """
 
     up_buffers: int = 6
     down_buffers: int = 6
-    registers: int = 136
     path: str = "stream"
 
     def __post_init__(self) -> None:
@@ -154,7 +162,7 @@ def _path_config(problem: ExpertsProblem, spec: Fp8Format, num_tokens: int, plai
 def _streams(problem: ExpertsProblem, spec: Fp8Format, num_tokens: int, plain: bool) -> bool:
     """Whether the stream path can be used."""
     few = num_tokens <= STREAM_TOKENS and num_tokens * problem.top_k <= MAX_STREAM_SLOTS
-    return few and plain and problem.capability[0] == 9 and spec.activations in ("group", "row")
+    return few and plain and problem.capability[0] == 9 and spec.activations in ("group", "row", "static")
 
 
 def slots_config(problem: ExpertsProblem) -> SlotsConfig:
@@ -186,6 +194,9 @@ def grouped_config(problem: ExpertsProblem, spec: Fp8Format, rows: float, plain:
     """`rows`: mean rows per expert; `plain` as for `fp8_config`."""
     tma = problem.capability >= (9, 0)
     early = rows <= 24
+    warps_fit = plain and problem.capability[0] == 9 and problem.num_experts <= MAX_TABLES
+    if warps_fit and spec.activations == "group" and problem.all_experts > problem.num_experts:
+        return _shared_rows_config(problem, spec, rows * problem.num_experts / problem.all_experts)
     if spec.activations is None:
         tile = TileConfig(16 if rows <= 12 else 64, 64, 128, 4, 3, tma=tma)
         return Fp8GroupedConfig(tile, replace(tile, block_n=128), early=early)
@@ -200,18 +211,35 @@ def grouped_config(problem: ExpertsProblem, spec: Fp8Format, rows: float, plain:
             tile = TileConfig(32, 128, 128, 4, 3, small_m=16, tma=tma)
         return Fp8GroupedConfig(tile, tile)
     # From here on one height of tiles: a kernel with two of them lost more registers than the smaller tiles saved.
-    fits = plain and problem.capability[0] == 9 and problem.num_experts <= MAX_TABLES
     few_rows_fit = spec.activations == "group" and problem.intermediate_size < 2048
-    if not fits or (rows < MANY_ROWS and not few_rows_fit):
+    if not warps_fit or (rows < MANY_ROWS and not few_rows_fit):
         down = TileConfig(64, 128, 128, 4, 3, tma=tma)
         return Fp8GroupedConfig(TileConfig(64, 128, 128, 8, 5, tma=tma), down, early=False)
+    return _loading_warps(problem, spec, rows)
+
+
+def _loading_warps(problem: ExpertsProblem, spec: Fp8Format, rows: float) -> Fp8GroupedConfig:
     wide = _wide_tiles(problem, rows)
     # Two input scales for gate and up, should they differ, are for the plain kernel.
-    up = TileConfig(128, 128, 128, 8, 3, tma=tma) if spec.activations == "static" else wide
+    up = TileConfig(128, 128, 128, 8, 3) if spec.activations == "static" else wide
     if _alternating_fits(problem, spec):
         # 11 % of the GEMM at 32 rows an expert, 28 % at 128 (DeepSeek-V3, TP 8).
         return Fp8GroupedConfig(up, AlternatingConfig(*((128, 3, 4) if rows < 64 else (256, 2, 4))), early=False)
     return Fp8GroupedConfig(up, wide, early=False)
+
+
+def _shared_rows_config(problem: ExpertsProblem, spec: Fp8Format, rows: float) -> Fp8GroupedConfig:
+    """Of rows that ranks share few ids are here, and how many rows have come the device alone knows.
+
+    So programs find their tiles, of which they have few. Against plain tiles by the bound of rows a layer's step took 2
+    to 10 % less at I = 2048 and 4 to 21 % less at 256 (DeepSeek-V3 on 4 ranks, 1 to 128 tokens each).
+    """
+    config = replace(_loading_warps(problem, spec, rows), early=True)
+    if rows >= TALL_ROWS:
+        return config
+    # Sums that go from group to group take one stage's room.
+    down = config.down if isinstance(config.down, AlternatingConfig) else Fp8SpecializedConfig(5, 1, 64, halves=True)
+    return replace(config, up=Fp8SpecializedConfig(4, 1, 64, halves=True), down=down)
 
 
 def _wide_tiles(problem: ExpertsProblem, rows: float) -> Fp8SpecializedConfig:

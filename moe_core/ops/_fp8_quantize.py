@@ -6,7 +6,6 @@ T tokens · E_l local experts · K top-k · C row capacity.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
 
 import torch
 
@@ -14,15 +13,6 @@ from moe_core.ops._fp8_weights import FP8_GROUP
 from moe_core.ops._runtime import KernelLaunch
 
 AMAX_PARTS = 8  # programs that share the rows of one expert
-
-
-def _groups_of(length: int, by_group: bool, power_of_two: bool) -> tuple[int, dict[str, Any], int]:
-    """(programs per row, constants, warps) for groups of 128 of its values, or one group."""
-    size = FP8_GROUP if by_group else 1 << (length - 1).bit_length()
-    groups = -(-length // size)
-    per_program = min(16, 1 << (groups - 1).bit_length()) if by_group else 1
-    constants = {"LEN": length, "GS": size, "GROUPS": groups, "BG": per_program, "POWER_OF_TWO": power_of_two}
-    return -(-groups // per_program), constants, min(8, max(1, size * per_program // 512))
 
 
 class QuantizeRows:
@@ -34,10 +24,16 @@ class QuantizeRows:
     def __init__(self, length: int, *, by_group: bool, power_of_two: bool, pdl: bool, beside: bool = False):
         from moe_core.ops._kernels.fp8_quantize import quantize_kernel
 
-        self._programs, constants, warps = _groups_of(length, by_group, power_of_two)
+        size = FP8_GROUP if by_group else 1 << (length - 1).bit_length()
+        groups = -(-length // size)
+        per_program = min(16, 1 << (groups - 1).bit_length()) if by_group else 1
+        self._programs = -(-groups // per_program)
         self._launch = KernelLaunch(
-            quantize_kernel, {**constants, "PDL": pdl, "WAIT_LAST": beside}, warps=warps, pdl=pdl
-        )
+            quantize_kernel,
+            {"LEN": length, "GS": size, "GROUPS": groups, "BG": per_program, "POWER_OF_TWO": power_of_two, "PDL": pdl,
+             "WAIT_LAST": beside},
+            warps=min(8, max(1, size * per_program // 512)), pdl=pdl,
+        )  # fmt: skip
 
     def __call__(
         self, x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, key: Hashable,
@@ -45,25 +41,6 @@ class QuantizeRows:
     ) -> None:  # fmt: skip
         """x: unit stride in its last dim; with `row_end`, rows e * C + i from row_end[e] on are left out."""
         self._launch((x.shape[0], self._programs, 1), key, x, q, scale, row_end, capacity, x.stride(0))
-
-
-class QuantizeUnits:
-    """The same for U units of `tokens` rows, of which the first T are used, between kernels with programmatic launch.
-
-    The kernel after it may be there, not read, before the one before it is done.
-    """
-
-    def __init__(self, length: int, tokens: int, *, by_group: bool, power_of_two: bool):
-        from moe_core.ops._kernels.fp8_quantize import quantize_units_kernel
-
-        self._programs, constants, warps = _groups_of(length, by_group, power_of_two)
-        self._launch = KernelLaunch(quantize_units_kernel, {**constants, "TOKENS": tokens}, warps=warps, pdl=True)
-
-    def __call__(
-        self, x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, units: int, num_tokens: int, key: Hashable
-    ) -> None:  # fmt: skip
-        """x: contiguous, a row for every token of every unit."""
-        self._launch((units * num_tokens, self._programs, 1), key, x, q, scale, num_tokens)
 
 
 class QuantizeByExpert:

@@ -5,6 +5,8 @@ T tokens · H hidden · K top-k.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 
 from moe_core.ops._launch import ExpertsProblem
@@ -42,3 +44,29 @@ class ReduceLaunch:
             key = (stride_out, ids.dtype, num_rows is None)
         grid = (ids.shape[0], self._blocks, 1)
         self._launch(grid, key, y, ids, router_weights, row_of_slot, num_rows, out, stride_out)
+
+
+class ReduceFewLaunch:
+    """The same where `num_rows` says that most rows may not be there, as where ranks share buffers."""
+
+    def __init__(self, problem: ExpertsProblem, pdl: bool):
+        from moe_core.ops._kernels.reduce import reduce_few_kernel
+
+        block = min(1024, max(64, 1 << (problem.hidden_size - 1).bit_length()))
+        self._blocks = -(-problem.hidden_size // block)
+        constants = {"H": problem.hidden_size, "K": problem.top_k, "BH": block, "PDL": pdl}
+        self._launch = KernelLaunch(reduce_few_kernel, constants, warps=4, pdl=pdl)
+
+    def __call__(
+        self,
+        y: torch.Tensor,
+        ids: torch.Tensor,
+        router_weights: torch.Tensor,
+        row_of_slot: torch.Tensor,
+        num_rows: torch.Tensor,
+        out: torch.Tensor,
+        key: Hashable,
+    ) -> None:
+        """`key` as for `KernelLaunch`; equal keys must mean equal dtypes of ids."""
+        grid = (ids.shape[0], self._blocks, 1)
+        self._launch(grid, key, y, ids, router_weights, row_of_slot, num_rows, out, out.stride(0))

@@ -46,8 +46,9 @@ def fp8_workspace(problem: ExpertsProblem, spec: Fp8Format, dtype: torch.dtype, 
     """
     slots = num_tokens * problem.top_k
     tiles = align_tiles(slots, problem.num_experts, MIN_BLOCK_M)
-    unit_rows, parts = stream_workspace(problem, num_tokens)
-    rows = max(slots, unit_rows) if spec.activations in ("group", "row") else slots
+    unit_rows, scratch = stream_workspace(problem, num_tokens)
+    streamed = spec.activations in ("group", "row", "static")
+    rows = max(slots, unit_rows) if streamed else slots
     shapes: WorkspaceShapes = {
         "act": ((rows, problem.intermediate_size), dtype),
         "y": ((slots, problem.hidden_size), dtype),
@@ -58,10 +59,10 @@ def fp8_workspace(problem: ExpertsProblem, spec: Fp8Format, dtype: torch.dtype, 
         "tile_row": ((tiles,), torch.int32),
         "arrivals": ((min(num_tokens, MAX_BY_SLOT) * -(-problem.hidden_size // MIN_BLOCK_M),), torch.int32),
     }
-    if spec.activations in ("group", "row"):
-        shapes["parts"] = ((parts,), torch.float32)
+    if streamed:
+        shapes["stream"] = ((scratch,), torch.float32)
     # An expert's input under a scale of its own is quantized into y, which is written after it was read.
-    return shapes | _quantized(problem, spec, num_tokens, rows)
+    return shapes | _quantized(problem, spec, num_tokens, slots)
 
 
 def fp8_batched_workspace(
@@ -97,7 +98,7 @@ def _quantized(problem: ExpertsProblem, spec: Fp8Format, x_rows: int, act_rows: 
     return shapes
 
 
-def fp8_problem(weights: Fp8Weights, top_k: int) -> ExpertsProblem:
+def fp8_problem(weights: Fp8Weights, top_k: int, all_experts: int = 0) -> ExpertsProblem:
     """The host-known facts on which the launch choice depends; asks the device for its size, launches nothing."""
     # On "meta" kernels are compiled for Hopper; on the CPU the interpreter runs, which knows no programmatic launch.
     capability, num_sms = ((9, 0) if weights.w13.is_meta else (0, 0)), 132
@@ -114,6 +115,7 @@ def fp8_problem(weights: Fp8Weights, top_k: int) -> ExpertsProblem:
         interleaved=weights.activation.gate_up_layout == "interleaved",
         capability=capability,
         num_sms=num_sms,
+        all_experts=all_experts,
     )
 
 
@@ -125,11 +127,20 @@ class Fp8ExpertsLauncher:
         top_k: K.
         dtype: of x (where it is not quantized already), of what passes between the GEMMs, and of out.
         plan: launch parameters per range of T; None: `fp8_config`.
+        all_experts: E, where ids of other ranks' experts are -1 here: what tiles are chosen by. 0: all are here.
     """
 
-    def __init__(self, weights: Fp8Weights, *, top_k: int, dtype: torch.dtype, plan: Fp8Plan | None = None):
+    def __init__(
+        self,
+        weights: Fp8Weights,
+        *,
+        top_k: int,
+        dtype: torch.dtype,
+        plan: Fp8Plan | None = None,
+        all_experts: int = 0,
+    ):
         self.weights, self.dtype = weights, dtype
-        self.problem = fp8_problem(weights, top_k)
+        self.problem = fp8_problem(weights, top_k, all_experts)
         self._plan = plan
         self._runners: dict[Fp8Config, Any] = {}
         self._by_tokens: dict[tuple[int, bool], Any] = {}

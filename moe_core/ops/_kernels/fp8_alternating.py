@@ -11,15 +11,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from moe_core.ops._kernels.alternating import LOADER_REGISTERS, ROWS, TURN_REGISTERS, _rows_of, _write
+from moe_core.ops._kernels.dependent import let_next_kernel_come, wait_for_kernel_before
 
 BLOCK = gl.constexpr(128)  # rows and columns of w2 that share a scale
 
 
 @gluon.jit
 def _load(
-    act_map, w_map, a_bufs, w_bufs, bars, row_end, H: gl.constexpr, E: gl.constexpr, KB: gl.constexpr, NB: gl.constexpr
+    act_map, w_map, a_bufs, w_bufs, bars, row_end, H: gl.constexpr, E: gl.constexpr, KB: gl.constexpr,
+    NB: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    """Fills the buffers for all of this program's blocks of weights, as fast as they are emptied."""
+    """Fills the buffers for all of this program's blocks of weights, as fast as they are emptied.
+
+    EARLY: the first weights come while the kernel before still makes the rows.
+    """
     A_STAGES: gl.constexpr = a_bufs.type.shape[0] // KB
     W_STAGES: gl.constexpr = w_bufs.type.shape[0] // (KB * NB)
     A_EMPTY: gl.constexpr = A_STAGES
@@ -44,6 +49,8 @@ def _load(
                         w_map, [row_w + j * BLOCK, k * BLOCK], bars.index(W_FULL + w), buffer
                     )
             w_step += 1
+            if EARLY:
+                wait_for_kernel_before()
             for row in range(start, end, ROWS):
                 a = a_step % A_STAGES
                 mbarrier.wait(bars.index(A_EMPTY + a), ((a_step // A_STAGES) & 1) ^ 1)
@@ -75,7 +82,7 @@ def _product(a_bufs, w_bufs, a, w, scales_a, scales_w, KB: gl.constexpr, MMA: gl
 def _multiply(
     TURN: gl.constexpr, y, a_scale, w_scale, a_bufs, w_bufs, bars, row_end,
     H: gl.constexpr, E: gl.constexpr, KB: gl.constexpr, NB: gl.constexpr, SE: gl.constexpr, SN: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    LAYOUT: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """Every second tile of 64 rows, counted over all of this program's blocks of weights."""
     A_STAGES: gl.constexpr = a_bufs.type.shape[0] // KB
@@ -88,6 +95,8 @@ def _multiply(
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 32])
     a_step = 0
     w_step = 0
+    if EARLY:
+        wait_for_kernel_before()
     for item in range(gl.program_id(0), E * PARTS, gl.num_programs(0)):
         expert = item // PARTS
         block = item % PARTS * NB
@@ -122,9 +131,14 @@ def _multiply(
 def fp8_alternating_down_kernel(
     act_map, w_map, a_scale, w_scale, y, row_end,
     H: gl.constexpr, E: gl.constexpr, KB: gl.constexpr, NB: gl.constexpr, SE: gl.constexpr, SN: gl.constexpr,
-    W_STAGES: gl.constexpr, A_STAGES: gl.constexpr, LAYOUT: gl.constexpr, num_warps: gl.constexpr,
+    W_STAGES: gl.constexpr, A_STAGES: gl.constexpr, LAYOUT: gl.constexpr, EARLY: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """y[r] = act[r] @ w2[e].T; a_scale [rows, KB], w_scale of w2; programs walk (expert, NB blocks of rows of w2)."""
+    """y[r] = act[r] @ w2[e].T; a_scale [rows, KB], w_scale of w2; programs walk (expert, NB blocks of rows of w2).
+
+    EARLY: programmatic launch; the kernel before has waited for `row_end` before it lets this one come.
+    """
+    if EARLY:
+        let_next_kernel_come()
     a_bufs = gl.allocate_shared_memory(act_map.dtype, [A_STAGES * KB, ROWS, BLOCK], act_map.layout)
     w_bufs = gl.allocate_shared_memory(w_map.dtype, [W_STAGES * NB * KB, BLOCK, BLOCK], w_map.layout)
     bars = gl.allocate_shared_memory(gl.int64, [2 * (A_STAGES + W_STAGES), 1], mbarrier.MBarrierLayout())
@@ -135,9 +149,9 @@ def fp8_alternating_down_kernel(
         mbarrier.init(bars.index(2 * A_STAGES + W_STAGES + i), count=2)
     gl.warp_specialize(
         [
-            (_multiply, (0, y, a_scale, w_scale, a_bufs, w_bufs, bars, row_end, H, E, KB, NB, SE, SN, LAYOUT)),
-            (_multiply, (1, y, a_scale, w_scale, a_bufs, w_bufs, bars, row_end, H, E, KB, NB, SE, SN, LAYOUT)),
-            (_load, (act_map, w_map, a_bufs, w_bufs, bars, row_end, H, E, KB, NB)),
+            (_multiply, (0, y, a_scale, w_scale, a_bufs, w_bufs, bars, row_end, H, E, KB, NB, SE, SN, LAYOUT, EARLY)),
+            (_multiply, (1, y, a_scale, w_scale, a_bufs, w_bufs, bars, row_end, H, E, KB, NB, SE, SN, LAYOUT, EARLY)),
+            (_load, (act_map, w_map, a_bufs, w_bufs, bars, row_end, H, E, KB, NB, EARLY)),
         ],
         [4, 1],
         [TURN_REGISTERS, LOADER_REGISTERS],

@@ -61,20 +61,6 @@ def _row_is_used(row, row_end, capacity):
     return row < tl.load(row_end + row // capacity)
 
 
-@triton.jit
-def _quantize_groups(
-    x, q, scale, LEN: tl.constexpr, GS: tl.constexpr, GROUPS: tl.constexpr, BG: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-):  # fmt: skip
-    """This program's BG groups of the row at `x`."""
-    group = tl.program_id(1) * BG + tl.arange(0, BG)
-    col = group[:, None] * GS + tl.arange(0, GS)[None, :]
-    v = tl.load(x + col, mask=col < LEN, other=0.0).to(tl.float32)
-    s = scale_of(tl.max(magnitude(v), 1), POWER_OF_TWO)
-    tl.store(q + col, to_e4m3(v, s[:, None], tl.div_rn(1.0, s)[:, None], False), mask=col < LEN)
-    tl.store(scale + group, s, mask=group < GROUPS)
-
-
 @triton.jit(do_not_specialize=["capacity"])
 def quantize_kernel(
     x, q, scale, row_end, capacity, stride_x: tl.constexpr,
@@ -95,24 +81,14 @@ def quantize_kernel(
     if row_end is not None:
         used = _row_is_used(row, row_end, capacity)
     if used:
-        _quantize_groups(
-            x + row * stride_x, q + row * LEN, scale + row * GROUPS, LEN, GS, GROUPS, BG, POWER_OF_TWO
-        )  # fmt: skip
+        group = tl.program_id(1) * BG + tl.arange(0, BG)
+        col = group[:, None] * GS + tl.arange(0, GS)[None, :]
+        v = tl.load(x + row * stride_x + col, mask=col < LEN, other=0.0).to(tl.float32)
+        s = scale_of(tl.max(magnitude(v), 1), POWER_OF_TWO)
+        tl.store(q + row * LEN + col, to_e4m3(v, s[:, None], tl.div_rn(1.0, s)[:, None], False), mask=col < LEN)
+        tl.store(scale + row * GROUPS + group, s, mask=group < GROUPS)
     if PDL and WAIT_LAST:
         gdc_wait()
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def quantize_units_kernel(
-    x, q, scale, num_tokens, TOKENS: tl.constexpr,
-    LEN: tl.constexpr, GS: tl.constexpr, GROUPS: tl.constexpr, BG: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-):  # fmt: skip
-    """The first `num_tokens` of every TOKENS rows; the next kernel may come, not read, before this one begins."""
-    gdc_launch_dependents()
-    program = tl.program_id(0)
-    row = (program // num_tokens * TOKENS + program % num_tokens).to(tl.int64)
-    gdc_wait()
-    _quantize_groups(x + row * LEN, q + row * LEN, scale + row * GROUPS, LEN, GS, GROUPS, BG, POWER_OF_TWO)
 
 
 @triton.jit(do_not_specialize=["capacity"])

@@ -21,6 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from moe_core.ops._kernels.dependent import let_next_kernel_come, wait_for_kernel_before
+
 BK = gl.constexpr(128)
 BN = gl.constexpr(128)
 ROWS = gl.constexpr(64)  # that a group of warps multiplies at a time
@@ -84,25 +86,41 @@ def _find(tables, tiles, pid, blocks, BM: gl.constexpr, GROUP: gl.constexpr):
 def _load_maps(
     a, w_1, w_2, a_bufs, bufs_1, bufs_2, rows_full, full, empty, tables, slot_of_row,
     stride_a: gl.constexpr, LEN: gl.constexpr, N: gl.constexpr, W_ROWS: gl.constexpr, FIRST_1: gl.constexpr,
-    FIRST_2: gl.constexpr, PAIR: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr,
+    FIRST_2: gl.constexpr, PAIR: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    """One warp: rows and weights of all of this program's tiles by tensor maps, as fast as buffers are emptied."""
+    """One warp: rows and weights of all of this program's tiles by tensor maps, as fast as buffers are emptied.
+
+    EARLY: the first weights come while the kernel before still makes the rows.
+    """
     STAGES: gl.constexpr = a_bufs.type.shape[0]
     BM: gl.constexpr = a_bufs.type.shape[1]
     WIDTH: gl.constexpr = BN if PAIR else 2 * BN
+    BYTES: gl.constexpr = a.block_type.nbytes + 2 * w_1.block_type.nbytes
+    AHEAD: gl.constexpr = min(STAGES, (LEN + BK - 1) // BK)
     blocks = (N + WIDTH - 1) // WIDTH
     tiles = _count(tables)
+    if EARLY and gl.program_id(0) < tiles * blocks:
+        expert, row, _, block = _find(tables, tiles, gl.program_id(0), blocks, BM, GROUP)
+        column = expert * W_ROWS + block * WIDTH
+        for i in range(AHEAD):
+            mbarrier.expect(full.index(i), BYTES)
+            tma.async_copy_global_to_shared(w_1, [column + FIRST_1, i * BK], full.index(i), bufs_1.index(i))
+            tma.async_copy_global_to_shared(w_2, [column + FIRST_2, i * BK], full.index(i), bufs_2.index(i))
+        wait_for_kernel_before()
+        for i in range(AHEAD):
+            tma.async_copy_global_to_shared(a, [row, i * BK], full.index(i), a_bufs.index(i))
     step = 0
     for pid in range(gl.program_id(0), tiles * blocks, gl.num_programs(0)):
         expert, row, _, block = _find(tables, tiles, pid, blocks, BM, GROUP)
         column = expert * W_ROWS + block * WIDTH
         for k in range(0, LEN, BK):
             stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            mbarrier.expect(full.index(stage), a.block_type.nbytes + 2 * w_1.block_type.nbytes)
-            tma.async_copy_global_to_shared(a, [row, k], full.index(stage), a_bufs.index(stage))
-            tma.async_copy_global_to_shared(w_1, [column + FIRST_1, k], full.index(stage), bufs_1.index(stage))
-            tma.async_copy_global_to_shared(w_2, [column + FIRST_2, k], full.index(stage), bufs_2.index(stage))
+            if not EARLY or step >= AHEAD:
+                mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+                mbarrier.expect(full.index(stage), BYTES)
+                tma.async_copy_global_to_shared(a, [row, k], full.index(stage), a_bufs.index(stage))
+                tma.async_copy_global_to_shared(w_1, [column + FIRST_1, k], full.index(stage), bufs_1.index(stage))
+                tma.async_copy_global_to_shared(w_2, [column + FIRST_2, k], full.index(stage), bufs_2.index(stage))
             step += 1
 
 
@@ -292,7 +310,7 @@ def _multiply(
     stride_as: gl.constexpr, stride_c: gl.constexpr, LEN: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
     SE: gl.constexpr, SN: gl.constexpr, PART: gl.constexpr, PAIR: gl.constexpr, WEIGHT: gl.constexpr,
     A_SCALE: gl.constexpr, OUT: gl.constexpr, POWER_OF_TWO: gl.constexpr, DTYPE: gl.constexpr, GATHER: gl.constexpr,
-    GROUP: gl.constexpr,
+    GROUP: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """This group's share of all of this program's tiles: every second one, or 64 rows of each.
 
@@ -304,6 +322,8 @@ def _multiply(
     WIDTH: gl.constexpr = BN if PAIR else 2 * BN
     blocks = (N + WIDTH - 1) // WIDTH
     tiles = _count(tables)
+    if EARLY:
+        wait_for_kernel_before()
     step = 0
     for pid in range(gl.program_id(0), tiles * blocks, gl.num_programs(0)):
         turn = step // STEPS
@@ -329,11 +349,13 @@ def fp8_specialized_kernel(
     E: gl.constexpr, LEN: gl.constexpr, N: gl.constexpr, K: gl.constexpr, W_ROWS: gl.constexpr, FIRST_1: gl.constexpr,
     FIRST_2: gl.constexpr, SE: gl.constexpr, SN: gl.constexpr, PAIR: gl.constexpr, WEIGHT: gl.constexpr,
     A_SCALE: gl.constexpr, OUT: gl.constexpr, POWER_OF_TWO: gl.constexpr, DTYPE: gl.constexpr, GATHER: gl.constexpr,
-    BM: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, num_warps: gl.constexpr,
+    BM: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, EARLY: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """c = a @ w[e].T for each of E experts' rows, or silu(a @ gate[e].T) · (a @ up[e].T) (PAIR).
 
     w_1, w_2: tensor maps of [E * W_ROWS, LEN]; FIRST_1, FIRST_2: where their blocks stand. Programs walk the tiles.
+    EARLY: programmatic launch. The kernel before a gathering one is `align_kernel`, which is waited for at once; other
+    kernels before have themselves waited for it before they let this one come, so tiles and weights are known then.
     """
     a_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], gl.float8e4nv)
     a_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BM, BK], a_layout)
@@ -346,6 +368,10 @@ def fp8_specialized_kernel(
     # A table has at least an entry for each thread that looks things up.
     SIZE: gl.constexpr = _power_of_two(max(E, 128))
     tables = gl.allocate_shared_memory(gl.int32, [2, SIZE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    if EARLY:
+        if GATHER:
+            wait_for_kernel_before()
+        let_next_kernel_come()
     _write_tables(tables, row_end, E, BM)
     for i in gl.static_range(STAGES):
         mbarrier.init(rows_full.index(i), count=128)
@@ -357,10 +383,10 @@ def fp8_specialized_kernel(
         gl.warp_specialize([
             (_multiply, (c, c_scale, a_scale, s_1, s_2, a_bufs, bufs_1, bufs_2, rows_full, full, empty, turns,
                          tables, slot_of_row, stride_as, stride_c, LEN, N, K, SE, SN, 0, PAIR, WEIGHT,
-                         A_SCALE, OUT, POWER_OF_TWO, DTYPE, GATHER, GROUP)),
+                         A_SCALE, OUT, POWER_OF_TWO, DTYPE, GATHER, GROUP, False)),
             (_multiply, (c, c_scale, a_scale, s_1, s_2, a_bufs, bufs_1, bufs_2, rows_full, full, empty, turns,
                          tables, slot_of_row, stride_as, stride_c, LEN, N, K, SE, SN, 1, PAIR, WEIGHT,
-                         A_SCALE, OUT, POWER_OF_TWO, DTYPE, GATHER, GROUP)),
+                         A_SCALE, OUT, POWER_OF_TWO, DTYPE, GATHER, GROUP, False)),
             (_load_rows, (a, w_1, w_2, a_bufs, bufs_1, bufs_2, rows_full, full, empty, tables, slot_of_row,
                           stride_a, LEN, N, W_ROWS, FIRST_1, FIRST_2, PAIR, K, GROUP)),
         ], [4, 4], REGISTERS_WITH_ROWS)  # fmt: skip
@@ -368,10 +394,10 @@ def fp8_specialized_kernel(
         gl.warp_specialize([
             (_multiply, (c, c_scale, a_scale, s_1, s_2, a_bufs, bufs_1, bufs_2, rows_full, full, empty, turns,
                          tables, slot_of_row, stride_as, stride_c, LEN, N, K, SE, SN, 0, PAIR, WEIGHT,
-                         A_SCALE, OUT, POWER_OF_TWO, DTYPE, GATHER, GROUP)),
+                         A_SCALE, OUT, POWER_OF_TWO, DTYPE, GATHER, GROUP, EARLY)),
             (_multiply, (c, c_scale, a_scale, s_1, s_2, a_bufs, bufs_1, bufs_2, rows_full, full, empty, turns,
                          tables, slot_of_row, stride_as, stride_c, LEN, N, K, SE, SN, 1, PAIR, WEIGHT,
-                         A_SCALE, OUT, POWER_OF_TWO, DTYPE, GATHER, GROUP)),
+                         A_SCALE, OUT, POWER_OF_TWO, DTYPE, GATHER, GROUP, EARLY)),
             (_load_maps, (a, w_1, w_2, a_bufs, bufs_1, bufs_2, rows_full, full, empty, tables, slot_of_row,
-                          stride_a, LEN, N, W_ROWS, FIRST_1, FIRST_2, PAIR, K, GROUP)),
+                          stride_a, LEN, N, W_ROWS, FIRST_1, FIRST_2, PAIR, K, GROUP, EARLY)),
         ], [4, 1], REGISTERS_WITH_MAPS)  # fmt: skip

@@ -1,10 +1,10 @@
 """Both GEMMs for up to 8 tokens with e4m3 weights, as one stream of weights each (Gluon, Hopper).
 
 One warp of a program asks for blocks of weights as far ahead as shared memory goes, also while the kernel before is
-still at work: the first blocks are there when the quantized rows are. Four warps multiply. Weights are the left side of
+still at work. Others quantize the rows that go with them, in turns, and four multiply. Weights are the left side of
 `wgmma`; its 8 columns are the step's tokens, all of them, so that rows are neither sorted nor gathered.
 
-The U distinct experts are units; row u * TOKENS + t is unit u's for token t. The up kernel's programs share (unit, 64
+The U distinct experts are units; row u * T + t of act is unit u's for token t. The up kernel's programs share (unit, 64
 columns of gate and of up). The down kernel's share all units' steps for every 128 columns, cut anywhere, and sum the
 experts in registers; the last of those that share columns adds their parts up, in their order.
 
@@ -15,7 +15,6 @@ I intermediate · K top-k; slot s = t * K + k. LEN is the length of the dot prod
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -23,14 +22,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moe_core.ops._kernels.dependent import let_next_kernel_come, wait_for_kernel_before
+from moe_core.ops._kernels.fp8_stream_rows import (
+    BK,
+    BM,
+    STEP,
+    TOKENS,
+    expert_of,
+    largest,
+    place,
+    quantize,
+    row_scales_of,
+    share,
+)
 
-BK = gl.constexpr(128)
-STEP = gl.constexpr(2 * BK)  # columns of two buffers: their products are under way together
-BM = gl.constexpr(64)  # rows of weights in one product
-TOKENS = gl.constexpr(8)  # rows of activations
 PART = gl.constexpr(2 * BM * TOKENS)  # sums of one program and block of columns
 TOGETHER = gl.constexpr(8)  # parts that are asked for at once: the last program waits for them at the step's very end
-LOADER_REGISTERS = gl.constexpr(40)
+OTHER_REGISTERS = gl.constexpr(120)  # of a warp that does not multiply
 
 
 @gluon.jit
@@ -60,98 +67,27 @@ def _distinct(ids, num_slots, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def _expert(experts, unit):
-    """A unit's expert, from shared memory."""
-    return gl.max(experts.index(unit).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
-
-
-@gluon.jit
-def _share(units, STEPS: gl.constexpr, BLOCKS: gl.constexpr, UP: gl.constexpr):
-    """This program's steps, from and to, of all items' in turn; an item, unit and block of columns, has STEPS.
-
-    Only sums after which nothing but a sum comes may be cut: those of the down kernel.
-    """
-    GRAIN: gl.constexpr = STEPS if UP else 1
-    pieces = units * BLOCKS * (STEPS // GRAIN)
-    programs = gl.maximum(gl.minimum(gl.num_programs(0), pieces), 1)
-    program = gl.minimum(gl.program_id(0), programs)
-    return pieces * program // programs * GRAIN, gl.minimum(pieces * (program + 1) // programs, pieces) * GRAIN
-
-
-@gluon.jit
-def _place(item, units, BLOCKS: gl.constexpr, UP: gl.constexpr):
-    """(unit, block of columns) of an item."""
-    if UP:
-        return item // BLOCKS, item % BLOCKS
-    else:
-        return item % units, item // units
-
-
-@gluon.jit
-def _ask_weights(w, bufs_1, bufs_2, full, buffer, row, column, SECOND: gl.constexpr, BYTES: gl.constexpr):
-    """BK columns of two blocks of weights; BYTES are those of all that comes into the buffer by tensor maps."""
-    mbarrier.expect(full.index(buffer), BYTES)
-    tma.async_copy_global_to_shared(w, [row, column], full.index(buffer), bufs_1.index(buffer))
-    tma.async_copy_global_to_shared(w, [row + SECOND, column], full.index(buffer), bufs_2.index(buffer))
-
-
-@gluon.jit
-def _ask_rows(
-    rows, a_bufs, scale_bufs, full, buffer, row, column, a_scale, s_1, s_2, num_tokens,
-    stride_as: gl.constexpr, GROUPS: gl.constexpr, UP: gl.constexpr, WEIGHT: gl.constexpr,
-):  # fmt: skip
-    """BK columns of a unit's rows, and where blocks have scales those of the rows and of both blocks of weights."""
-    tma.async_copy_global_to_shared(rows, [row, column], full.index(buffer), a_bufs.index(buffer))
-    if WEIGHT == "block":
-        token = gl.arange(0, TOKENS, gl.BlockedLayout([1], [32], [1], [0]))
-        # Past the last group the products are 0, whatever the scales.
-        k = gl.minimum(column // BK, GROUPS - 1) + 0 * token
-        there = token < (num_tokens if UP else TOKENS)
-        async_copy.async_copy_global_to_shared(
-            scale_bufs.index(3 * buffer), a_scale + (row + token) * stride_as + k, mask=there
-        )  # fmt: skip
-        async_copy.async_copy_global_to_shared(scale_bufs.index(3 * buffer + 1), s_1 + k)
-        async_copy.async_copy_global_to_shared(scale_bufs.index(3 * buffer + 2), s_2 + k)
-        async_copy.mbarrier_arrive(full.index(buffer), increment_count=False)
-
-
-@gluon.jit
 def _load(
-    rows, w, a_scale, s_1, s_2, a_bufs, bufs_1, bufs_2, scale_bufs, full, empty, experts, units, num_tokens,
+    w, bufs_1, bufs_2, full, empty, experts, units,
     LEN: gl.constexpr, N: gl.constexpr, W_ROWS: gl.constexpr, FIRST: gl.constexpr, SECOND: gl.constexpr,
-    SE: gl.constexpr, SN: gl.constexpr, stride_as: gl.constexpr, UP: gl.constexpr, WEIGHT: gl.constexpr,
+    UP: gl.constexpr,
 ):  # fmt: skip
-    """One warp: weights of the first steps before the rows are there, then both as fast as buffers are emptied."""
-    BUFFERS: gl.constexpr = a_bufs.type.shape[0]
-    BYTES: gl.constexpr = rows.block_type.nbytes + 2 * w.block_type.nbytes
+    """One warp: weights, as fast as buffers are emptied."""
+    BUFFERS: gl.constexpr = bufs_1.type.shape[0]
     STEPS: gl.constexpr = (LEN + STEP - 1) // STEP
-    GROUPS: gl.constexpr = (LEN + BK - 1) // BK
     WIDTH: gl.constexpr = BM if UP else 2 * BM
     BLOCKS: gl.constexpr = (N + WIDTH - 1) // WIDTH
-    begin, end = _share(units, STEPS, BLOCKS, UP)
-    ahead = gl.minimum(2 * (end - begin), BUFFERS)
-    for i in range(ahead):
-        item = (begin + i // 2) // STEPS
-        unit, block = _place(item, units, BLOCKS, UP)
-        weight_row = _expert(experts, unit) * W_ROWS + block * WIDTH + FIRST
-        _ask_weights(w, bufs_1, bufs_2, full, i, weight_row, (2 * (begin - item * STEPS) + i) * BK, SECOND, BYTES)
-    wait_for_kernel_before()
+    begin, end = share(units, STEPS, BLOCKS, UP)
     done = 0
     for item in range(begin // STEPS, (end + STEPS - 1) // STEPS):
-        unit, block = _place(item, units, BLOCKS, UP)
-        expert = _expert(experts, unit)
-        weight_row = expert * W_ROWS + block * WIDTH + FIRST
-        row = 0 if UP else unit * TOKENS
-        scales = expert.to(gl.int64) * SE + block * WIDTH // BK * SN
+        unit, block = place(item, units, BLOCKS, UP)
+        row = expert_of(experts, unit) * W_ROWS + block * WIDTH + FIRST
         for k in range(2 * gl.maximum(begin - item * STEPS, 0), 2 * gl.minimum(end - item * STEPS, STEPS)):
             buffer = done % BUFFERS
-            if done >= ahead:
-                mbarrier.wait(empty.index(buffer), ((done // BUFFERS) & 1) ^ 1)
-                _ask_weights(w, bufs_1, bufs_2, full, buffer, weight_row, k * BK, SECOND, BYTES)
-            _ask_rows(
-                rows, a_bufs, scale_bufs, full, buffer, row, k * BK, a_scale, s_1 + scales, s_2 + scales, num_tokens,
-                stride_as, GROUPS, UP, WEIGHT,
-            )  # fmt: skip
+            mbarrier.wait(empty.index(buffer), ((done // BUFFERS) & 1) ^ 1)
+            mbarrier.expect(full.index(buffer), 2 * w.block_type.nbytes)
+            tma.async_copy_global_to_shared(w, [row, k * BK], full.index(buffer), bufs_1.index(buffer))
+            tma.async_copy_global_to_shared(w, [row + SECOND, k * BK], full.index(buffer), bufs_2.index(buffer))
             done += 1
 
 
@@ -169,23 +105,15 @@ def _token_weights(expert, ids, weights, num_slots, token, K: gl.constexpr):
 
 
 @gluon.jit
-def _products(a_bufs, bufs_1, bufs_2, full, buffer, phase, LAYOUT: gl.constexpr):
-    """[BM, TOKENS] of both blocks of weights in a buffer, under way."""
+def _products(a_bufs, bufs_1, bufs_2, full, buffer, again, phase, LAYOUT: gl.constexpr):
+    """[BM, TOKENS] of both blocks of weights in a buffer, under way; the second one's rows are `again` further."""
     mbarrier.wait(full.index(buffer), phase)
     rows = a_bufs.index(buffer).permute((1, 0))
+    rows_2 = a_bufs.index(buffer + again).permute((1, 0))
     nothing = gl.zeros((BM, TOKENS), gl.float32, LAYOUT)
     d_1 = warpgroup_mma(bufs_1.index(buffer), rows, nothing, use_acc=False, is_async=True)
-    d_2 = warpgroup_mma(bufs_2.index(buffer), rows, nothing, use_acc=False, is_async=True)
+    d_2 = warpgroup_mma(bufs_2.index(buffer), rows_2, nothing, use_acc=False, is_async=True)
     return d_1, d_2
-
-
-@gluon.jit
-def _factors(scale_bufs, buffer, LAYOUT: gl.constexpr):
-    """What the products of both blocks of weights in a buffer are to be multiplied by, for each token."""
-    scale = scale_bufs.index(3 * buffer).load(LAYOUT)
-    factor_1 = scale * scale_bufs.index(3 * buffer + 1).load(LAYOUT)
-    factor_2 = scale * scale_bufs.index(3 * buffer + 2).load(LAYOUT)
-    return factor_1[None, :], factor_2[None, :]
 
 
 @gluon.jit
@@ -237,47 +165,63 @@ def _finish(
 
 @gluon.jit
 def _multiply(
-    c, a_scale, s_1, s_2, ids, weights, parts, arrivals, a_bufs, bufs_1, bufs_2, scale_bufs, full, empty, experts,
-    units, num_slots, num_tokens,
-    LEN: gl.constexpr, N: gl.constexpr, K: gl.constexpr, SE: gl.constexpr, SN: gl.constexpr, stride_as: gl.constexpr,
-    stride_c: gl.constexpr, UP: gl.constexpr, WEIGHT: gl.constexpr,
+    rows, c, s_1, s_2, in_1, in_2, ids, weights, parts, arrivals, amax, a_bufs, bufs_1, bufs_2, scale_bufs, row_scales,
+    scaled, full, empty, experts, units, num_slots, num_tokens,
+    LEN: gl.constexpr, N: gl.constexpr, K: gl.constexpr, SE: gl.constexpr, SN: gl.constexpr, stride_a: gl.constexpr,
+    stride_in: gl.constexpr, stride_c: gl.constexpr, UP: gl.constexpr, QUANT: gl.constexpr, WEIGHT: gl.constexpr,
+    AMAX: gl.constexpr,
 ):  # fmt: skip
     """Four warps. A sum of BK columns goes to float32 sums; its buffer is given back before."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 32])
     OF_TOKEN: gl.constexpr = gl.SliceLayout(0, LAYOUT)
-    BUFFERS: gl.constexpr = a_bufs.type.shape[0]
+    BUFFERS: gl.constexpr = bufs_1.type.shape[0]
     STEPS: gl.constexpr = (LEN + STEP - 1) // STEP
     WIDTH: gl.constexpr = BM if UP else 2 * BM
     BLOCKS: gl.constexpr = (N + WIDTH - 1) // WIDTH
-    begin, end = _share(units, STEPS, BLOCKS, UP)
+    begin, end = share(units, STEPS, BLOCKS, UP)
     items = (end + STEPS - 1) // STEPS
-    wait_for_kernel_before()
+    if not UP:
+        wait_for_kernel_before()
     let_next_kernel_come()
+    if UP and QUANT == "row":
+        OF_X: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+        row_scales.store(row_scales_of(rows, num_tokens, stride_a, LEN, 2048, OF_X))
+        mbarrier.arrive(scaled, count=1)
     token = gl.arange(0, TOKENS, OF_TOKEN)
     sum_1 = gl.zeros((BM, TOKENS), gl.float32, LAYOUT)
     sum_2 = gl.zeros((BM, TOKENS), gl.float32, LAYOUT)
+    scale = gl.zeros((TOKENS,), gl.float32, OF_TOKEN)
     buffer = 0
     phase = 0
+    again = 0
     for item in range(begin // STEPS, items):
-        unit, block = _place(item, units, BLOCKS, UP)
-        expert = _expert(experts, unit)
+        unit, block = place(item, units, BLOCKS, UP)
+        expert = expert_of(experts, unit)
         n = block * WIDTH + gl.arange(0, BM, gl.SliceLayout(1, LAYOUT))
         hit, weight = _token_weights(expert, ids, weights, num_slots, token, K)
         if WEIGHT != "block":
-            row = gl.where(hit, token if UP else unit * TOKENS + token, 0)
-            scale = gl.load(a_scale + row * stride_as, mask=hit, other=0.0)[None, :]
             own = expert.to(gl.int64) * SE + n * SN
             n_2 = n if UP else n + BM
             own_1 = gl.load(s_1 + own, mask=n < N, other=0.0)[:, None]
             own_2 = gl.load(s_2 + own + (n_2 - n) * SN, mask=n_2 < N, other=0.0)[:, None]
+        if QUANT == "static":
+            scale_1 = gl.load(in_1 + expert * stride_in)
+            scale_2 = scale_1
+            if UP:
+                scale_2 = gl.load(in_2 + expert * stride_in)
+                again = gl.where(scale_1 == scale_2, 0, BUFFERS)
         acc_1 = gl.zeros((BM, TOKENS), gl.float32, LAYOUT)
         acc_2 = gl.zeros((BM, TOKENS), gl.float32, LAYOUT)
         for _ in range(gl.maximum(begin - item * STEPS, 0), gl.minimum(end - item * STEPS, STEPS)):
-            d_1, d_2 = _products(a_bufs, bufs_1, bufs_2, full, buffer, phase, LAYOUT)
-            e_1, e_2 = _products(a_bufs, bufs_1, bufs_2, full, buffer + 1, phase, LAYOUT)
+            d_1, d_2 = _products(a_bufs, bufs_1, bufs_2, full, buffer, again, phase, LAYOUT)
+            e_1, e_2 = _products(a_bufs, bufs_1, bufs_2, full, buffer + 1, again, phase, LAYOUT)
             if WEIGHT == "block":
-                d_factor_1, d_factor_2 = _factors(scale_bufs, buffer, OF_TOKEN)
-                e_factor_1, e_factor_2 = _factors(scale_bufs, buffer + 1, OF_TOKEN)
+                d_factor_1 = scale_bufs.index(2 * buffer).load(OF_TOKEN)[None, :]
+                d_factor_2 = scale_bufs.index(2 * buffer + 1).load(OF_TOKEN)[None, :]
+                e_factor_1 = scale_bufs.index(2 * buffer + 2).load(OF_TOKEN)[None, :]
+                e_factor_2 = scale_bufs.index(2 * buffer + 3).load(OF_TOKEN)[None, :]
+            elif QUANT != "static":
+                scale = scale_bufs.index(2 * buffer).load(OF_TOKEN)  # whole rows', the same every time
             d_1, d_2 = warpgroup_mma_wait(num_outstanding=2, deps=(d_1, d_2))
             mbarrier.arrive(empty.index(buffer), count=1)
             if WEIGHT == "block":
@@ -295,13 +239,19 @@ def _multiply(
             buffer += 2
             phase = gl.where(buffer == BUFFERS, phase ^ 1, phase)
             buffer = gl.where(buffer == BUFFERS, 0, buffer)
-        if WEIGHT != "block":
-            acc_1 = acc_1 * scale * own_1
-            acc_2 = acc_2 * scale * own_2
+        if QUANT == "static":
+            acc_1 = acc_1 * scale_1 * own_1
+            acc_2 = acc_2 * scale_2 * own_2
+        elif WEIGHT != "block":
+            acc_1 = acc_1 * scale[None, :] * own_1
+            acc_2 = acc_2 * scale[None, :] * own_2
         if UP:
-            h = acc_1 / (1 + gl.exp(-acc_1)) * acc_2
-            to = c + (unit * TOKENS + token).to(gl.int64)[None, :] * stride_c + n[:, None]
-            gl.store(to, h.to(c.dtype.element_ty), mask=(n < N)[:, None] & hit[None, :])
+            row = unit * num_tokens + token
+            h = (acc_1 / (1 + gl.exp(-acc_1)) * acc_2).to(c.dtype.element_ty)
+            gl.store(c + row.to(gl.int64)[None, :] * stride_c + n[:, None], h, mask=(n < N)[:, None] & hit[None, :])
+            if AMAX:
+                h = gl.where((n < N)[:, None], h.to(gl.float32), 0.0)
+                gl.store(amax + row * BLOCKS + block, largest(h, 0), mask=hit)
         else:
             # Tokens of other experts were multiplied by whatever their rows hold.
             sum_1 += gl.where(hit[None, :], acc_1 * weight[None, :], 0.0)
@@ -318,31 +268,41 @@ def _multiply(
 
 @gluon.jit(do_not_specialize=["num_slots", "num_tokens"])
 def fp8_stream_kernel(
-    rows, w, c, a_scale, s_1, s_2, ids, weights, num_rows, parts, arrivals, num_slots, num_tokens,
-    stride_as: gl.constexpr, stride_c: gl.constexpr, LEN: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
-    SLOTS: gl.constexpr, W_ROWS: gl.constexpr, FIRST: gl.constexpr, SECOND: gl.constexpr, SE: gl.constexpr,
-    SN: gl.constexpr, UP: gl.constexpr, WEIGHT: gl.constexpr, COUNTERS: gl.constexpr, BUFFERS: gl.constexpr,
-    num_warps: gl.constexpr,
+    rows, w, c, a_scale, s_1, s_2, in_1, in_2, ids, weights, num_rows, scratch, num_slots, num_tokens,
+    stride_a: gl.constexpr, stride_as: gl.constexpr, stride_c: gl.constexpr, LEN: gl.constexpr, N: gl.constexpr,
+    K: gl.constexpr, SLOTS: gl.constexpr, W_ROWS: gl.constexpr, FIRST: gl.constexpr, SECOND: gl.constexpr,
+    SE: gl.constexpr, SN: gl.constexpr, stride_in: gl.constexpr, UP: gl.constexpr, QUANT: gl.constexpr,
+    WEIGHT: gl.constexpr, POWER_OF_TWO: gl.constexpr, AMAX: gl.constexpr, COUNTERS: gl.constexpr,
+    PARTS_AT: gl.constexpr, AMAX_AT: gl.constexpr, BUFFERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """UP: act = silu(x @ gate.T) · (x @ up.T) of every unit's tokens; else out = Σ weight · (act @ w2.T).
 
-    rows, w: tensor maps of [T, LEN] (UP) or [U * TOKENS, LEN] and of [E_l * W_ROWS, LEN]; a block of weights begins at
-    FIRST, its other one SECOND rows later. What the kernel before writes is not read before it is done, but ids and
-    num_rows are: it must not let this one come before they are there.
+    rows: [T, LEN] (UP) or [U * T, LEN], in the model dtype, or e4m3 with `a_scale` (QUANT "given"). w: tensor map of
+    [E_l * W_ROWS, LEN]; a block of weights begins at FIRST, its other one SECOND rows later. The down kernel reads ids
+    and num_rows before the up kernel is done: that one has waited for them.
     """
+    arrivals = scratch.to(gl.pointer_type(gl.int32), bitcast=True)
+    parts = scratch + PARTS_AT
+    amax = scratch + AMAX_AT
     single: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     column: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0, 1])
-    a_bufs = gl.allocate_shared_memory(gl.float8e4nv, [BUFFERS, TOKENS, BK], rows.layout)
+    a_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, BK], gl.float8e4nv)
+    A_BUFFERS: gl.constexpr = 2 * BUFFERS if QUANT == "static" and UP else BUFFERS
+    a_bufs = gl.allocate_shared_memory(gl.float8e4nv, [A_BUFFERS, TOKENS, BK], a_layout)
     bufs_1 = gl.allocate_shared_memory(gl.float8e4nv, [BUFFERS, BM, BK], w.layout)
     bufs_2 = gl.allocate_shared_memory(gl.float8e4nv, [BUFFERS, BM, BK], w.layout)
-    scale_bufs = gl.allocate_shared_memory(gl.float32, [3 * BUFFERS, TOKENS], single)
+    scale_bufs = gl.allocate_shared_memory(gl.float32, [2 * BUFFERS, TOKENS], single)
+    row_scales = gl.allocate_shared_memory(gl.float32, [TOKENS], single)
     experts = gl.allocate_shared_memory(gl.int32, [SLOTS, 1], single)
     full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
+    scaled = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in gl.static_range(BUFFERS):
-        # The tensor maps' bytes, and where there are scales every lane's copies.
-        mbarrier.init(full.index(i), count=33 if WEIGHT == "block" else 1)
+        mbarrier.init(full.index(i), count=2)  # the tensor maps' bytes, and the rows in e4m3
         mbarrier.init(empty.index(i), count=1)
+    mbarrier.init(scaled, count=1)
+    if UP:
+        wait_for_kernel_before()
     if num_rows is not None:
         num_slots = gl.minimum(num_slots, gl.load(num_rows) * K)
     found, units = _distinct(ids, num_slots, SLOTS)
@@ -353,8 +313,17 @@ def fp8_stream_kernel(
         for block in range(gl.program_id(0), COUNTERS, gl.num_programs(0)):
             gl.store(arrivals + block, 0)
     gl.warp_specialize([
-        (_multiply, (c, a_scale, s_1, s_2, ids, weights, parts, arrivals, a_bufs, bufs_1, bufs_2, scale_bufs, full,
-                     empty, experts, units, num_slots, num_tokens, LEN, N, K, SE, SN, stride_as, stride_c, UP, WEIGHT)),
-        (_load, (rows, w, a_scale, s_1, s_2, a_bufs, bufs_1, bufs_2, scale_bufs, full, empty, experts, units,
-                 num_tokens, LEN, N, W_ROWS, FIRST, SECOND, SE, SN, stride_as, UP, WEIGHT)),
-    ], [1], [LOADER_REGISTERS])  # fmt: skip
+        (_multiply, (rows, c, s_1, s_2, in_1, in_2, ids, weights, parts, arrivals, amax, a_bufs, bufs_1, bufs_2,
+                     scale_bufs, row_scales, scaled, full, empty, experts, units, num_slots, num_tokens, LEN, N, K, SE,
+                     SN, stride_a, stride_in, stride_c, UP, QUANT, WEIGHT, AMAX)),
+        (_load, (w, bufs_1, bufs_2, full, empty, experts, units, LEN, N, W_ROWS, FIRST, SECOND, UP)),
+        (quantize, (rows, a_scale, s_1, s_2, in_1, in_2, amax, a_bufs, scale_bufs, row_scales, scaled, full, empty,
+                     experts, units, num_tokens, 0, LEN, N, SE, SN, stride_a, stride_as, stride_in, UP, QUANT, WEIGHT,
+                     POWER_OF_TWO)),
+        (quantize, (rows, a_scale, s_1, s_2, in_1, in_2, amax, a_bufs, scale_bufs, row_scales, scaled, full, empty,
+                     experts, units, num_tokens, 1, LEN, N, SE, SN, stride_a, stride_as, stride_in, UP, QUANT, WEIGHT,
+                     POWER_OF_TWO)),
+        (quantize, (rows, a_scale, s_1, s_2, in_1, in_2, amax, a_bufs, scale_bufs, row_scales, scaled, full, empty,
+                     experts, units, num_tokens, 2, LEN, N, SE, SN, stride_a, stride_as, stride_in, UP, QUANT, WEIGHT,
+                     POWER_OF_TWO)),
+    ], [1, 1, 1, 1], [OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip

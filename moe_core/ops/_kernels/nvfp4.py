@@ -228,3 +228,9 @@ def four_words(pointer, offset):
 def row_words(x, row, group, STRIDE: gl.constexpr):
     """Where this lane's group of columns starts in activation rows `row`, `[threads, 4]` words."""
     return four_words(x, row.to(gl.int64) * (STRIDE // 2) + group * 8)
+
+
+# A kernel's key in Triton's cache holds a constant of this module only if the functions between the two had keys before
+# it (triton 3.6, 3.7). So they get them here: else what is found there hangs on which kernel a process compiles first.
+for _function in (expand, multiply_columns, multiply_tiles, scales_of):
+    _function.cache_key  # noqa: B018 - computed when it is asked for

@@ -40,3 +40,34 @@ def reduce_kernel(
         # Not a product with weight 0: an unused slot's weight may be NaN.
         acc += tl.where(used, weight * v, 0.0)
     tl.store(out + token.to(tl.int64) * stride_out + h, acc.to(out.dtype.element_ty), mask=h < H)
+
+
+@triton.jit
+def reduce_few_kernel(
+    y, ids, weights, row_of_slot, num_rows, out, stride_out: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, BH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The same where most rows may not be there: zeros are written before the wait.
+
+    The first kernel of the step has waited for whatever wrote `num_rows` or read `out`.
+    """
+    token = tl.program_id(0)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    if PDL:
+        gdc_launch_dependents()
+    first = token.to(tl.int64) * K
+    target = out + token.to(tl.int64) * stride_out + h
+    valid = token < tl.load(num_rows)
+    if not valid:
+        tl.store(target, tl.zeros((BH,), out.dtype.element_ty), mask=h < H)
+    if PDL:
+        gdc_wait()
+    if valid:
+        acc = tl.zeros((BH,), tl.float32)
+        for k in tl.static_range(K):
+            used = tl.load(ids + first + k) >= 0
+            weight = tl.load(weights + first + k)
+            row = tl.load(row_of_slot + first + k, mask=used, other=0).to(tl.int64)
+            v = tl.load(y + row * H + h, mask=(h < H) & used, other=0).to(tl.float32)
+            acc += tl.where(used, weight * v, 0.0)
+        tl.store(target, acc.to(out.dtype.element_ty), mask=h < H)

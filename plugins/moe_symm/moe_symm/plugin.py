@@ -22,8 +22,8 @@ def _make(form: Form, *arguments: Any) -> Any:
 
 @hookimpl
 def moe_core_register_prepare_finalize(register: Callable[..., None]) -> None:
-    # Above `nixl_ep`: on 4 H200 whole layers were faster in all but one case, up to 128 tokens a rank; of buffers for
-    # many more nothing was measured with experts.
+    # Above `nixl_ep`: on 4 H200, up to 128 tokens a rank, whole layers were faster in all cases but one, bf16 with all
+    # choices on one rank. Of buffers for many more tokens nothing was measured with experts.
     register("symm", partial(_make, Form.STANDARD), SYMM, probe, priority=((0, 30), (512, -6)))
     register("symm_batched", partial(_make, Form.BATCHED), BY_EXPERT, probe, priority=((0, 29), (512, -7)))
     register("symm_exact", partial(_make, Form.EXACT), EXACT, probe, priority=-8)

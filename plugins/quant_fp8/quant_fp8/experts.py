@@ -58,6 +58,7 @@ class Fp8TritonExperts(Experts):
             intermediate_size=problem.local_intermediate_size,
             itemsize=1,
             gated=spec.gated,
+            all_experts=config.num_experts,
         )
         self._bound: ExpertWeights | None = None
         self._launch: Any = None
@@ -79,7 +80,9 @@ class Fp8TritonExperts(Experts):
         if weights is not self._bound:
             packed = self._packed(weights)
             if counts is None:
-                self._launch = Fp8ExpertsLauncher(packed, top_k=self._problem.top_k, dtype=self._dtype)
+                self._launch = Fp8ExpertsLauncher(
+                    packed, top_k=self._problem.top_k, dtype=self._dtype, all_experts=self._problem.all_experts
+                )
             else:
                 self._launch = Fp8BatchedLauncher(packed, dtype=self._dtype)
             self._bound = weights
@@ -136,7 +139,7 @@ def _tile(part: Any) -> str:
     if isinstance(part, TileConfig):
         return f"{part.block_m}x{part.block_n}x{part.block_k}"
     if isinstance(part, Fp8SpecializedConfig):
-        return f"{part.block_m}x256x128, loading warps"
+        return f"{part.block_m}x256x128, loading warps{', halves' if part.halves else ''}"
     return f"alternating, columns {part.block_n}"
 
 

@@ -32,6 +32,7 @@ CONFIGS = {
     "by_slot": ScanConfig(TileConfig(16, 32, 128, 4, 5), TileConfig(16, 64, 128, 2, 4), by_slot=True),
     "specialized": Fp8GroupedConfig(Fp8SpecializedConfig(), Fp8SpecializedConfig(), pdl=False),
     "turns": Fp8GroupedConfig(Fp8SpecializedConfig(5, 1, 64), Fp8SpecializedConfig(5, 1, 64)),
+    "halves": Fp8GroupedConfig(*[Fp8SpecializedConfig(4, 1, 64, halves=True)] * 2),
     "stream": Fp8StreamConfig(),
     "grouped": Fp8GroupedConfig(TILE, TileConfig(64, 128, 128, 4, 3)),
 }
@@ -73,12 +74,12 @@ def space(shapes):
 
 PATHS = [
     ("fp8_block", "slots", 2), ("fp8_block", "by_slot", 4), ("fp8_block", "grouped", 5),
-    ("fp8_block", "specialized", 5), ("fp8_block", "turns", 5), ("fp8_block", "stream", 4),
+    ("fp8_block", "specialized", 5), ("fp8_block", "turns", 5), ("fp8_block", "halves", 5), ("fp8_block", "stream", 2),
     ("fp8_tensor", "slots", 2), ("fp8_tensor_dynamic", "grouped", 10), ("weight_only_block", "grouped", 4),
 ]  # fmt: skip
 MORE = [
     ("fp8_block", "scan", 5), ("fp8_tensor", "scan", 4), ("fp8_tensor", "grouped", 5), ("fp8_channel", "slots", 2),
-    ("fp8_channel", "stream", 4),
+    ("fp8_channel", "stream", 2), ("fp8_tensor", "stream", 2),
     ("fp8_channel", "by_slot", 4), ("fp8_channel", "specialized", 6), ("fp8_channel", "grouped", 6),
     ("fp8_weight_only", "scan", 3),
 ]  # fmt: skip
@@ -100,15 +101,19 @@ def test_paths(compiled, scheme, path, kernels):
         assert all("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in kernel.asm["ptx"] for kernel in gemms)
 
 
-@pytest.mark.parametrize("inner", [256, pytest.param(128, marks=pytest.mark.full)])
-def test_alternating(compiled, inner):
-    config = Fp8GroupedConfig(TILE, AlternatingConfig(256, 2, 4))
+@pytest.mark.parametrize(("up", "inner"), [
+    (TILE, 256), (CONFIGS["turns"].up, 256), pytest.param(TILE, 128, marks=pytest.mark.full),
+], ids=["plain", "early", "one_block"])  # fmt: skip
+def test_alternating(compiled, up, inner):
+    config = Fp8GroupedConfig(up, AlternatingConfig(256, 2, 4))
     launcher = Fp8ExpertsLauncher(weights("fp8_block", inner), top_k=K, dtype=torch.bfloat16, plan=((None, config),))
     x, ids = meta(8, H, dtype=torch.bfloat16), meta(8, K, dtype=torch.int32)
     launcher(x, ids, meta(8, K), space(launcher.workspace(8)), torch.empty_like(x))
     (down,) = [kernel for kernel in compiled if kernel.name == "fp8_alternating_down_kernel"]
     assert down.metadata.shared <= SHARED_MEMORY
     assert "STL" not in down.asm["sass"]  # its sums stay in registers
+    # A plain kernel lets it come before it is known where rows end.
+    assert ("griddepcontrol.wait" in down.asm["ptx"]) == (up is not TILE)
 
 
 @pytest.mark.parametrize("scheme", ["fp8_tensor", pytest.param("fp8_block", marks=pytest.mark.full)])

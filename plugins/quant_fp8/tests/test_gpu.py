@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from fp8_case import (
@@ -17,7 +19,7 @@ from fp8_case import (
 )
 
 import moe_core
-from moe_core import ActivationSpec, GateUpLayout, MoEConfig, RouterSpec
+from moe_core import ActivationSpec, GateUpLayout, MoEConfig, RouterSpec, formats
 from moe_core.ops import (
     AlternatingConfig,
     Fp8ExpertsLauncher,
@@ -28,6 +30,7 @@ from moe_core.ops import (
     SlotsConfig,
     TileConfig,
 )
+from moe_core.timing import capture
 from quant_fp8 import plugin, schemes
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
@@ -40,6 +43,7 @@ pytestmark = [
 ]
 TILE = TileConfig(64, 128, 128, 4, 3, small_m=32, tma=HOPPER)
 WARPS, TURNS = Fp8SpecializedConfig(), Fp8SpecializedConfig(5, 1, 64)
+HALVES = Fp8SpecializedConfig(4, 1, 64, halves=True)
 PATHS = {
     "slots": SlotsConfig(2, 256, 2, 4, 128, 4, pdl=HOPPER),
     "scan": ScanConfig(TileConfig(16, 32, 128, 4, 4), TileConfig(16, 64, 128, 4, 4), pdl=HOPPER),
@@ -77,7 +81,7 @@ def check(case: Case, out: torch.Tensor, expected: torch.Tensor, exact: torch.Te
 
 def runs(scheme: str, path: str) -> bool:
     if path == "stream":
-        return HOPPER and scheme in ("fp8_block", "fp8_block_ue8m0", "fp8_channel")
+        return HOPPER and "weight_only" not in scheme and scheme != "fp8_tensor_dynamic"
     if path == "alternating":
         return HOPPER and scheme in ("fp8_block", "fp8_block_ue8m0")
     if path in ("specialized", "turns"):
@@ -110,10 +114,33 @@ def test_activations_and_layouts(activation, tokens):
         assert relative_error(out, expected) <= near(case)
 
 
-@pytest.mark.parametrize("path", ["slots", "scan", "grouped"])
+@pytest.mark.parametrize("path", ["scan", "grouped", "specialized", "turns", "stream"])
+@pytest.mark.parametrize("scheme", ["fp8_block", "fp8_channel"])
+def test_given_rows_on_any_border(scheme, path):
+    """A dispatch may hand over views: of every stride, from any byte on."""
+    if not runs(scheme, path):
+        pytest.skip("not on this device")
+    case = Case(scheme, 8, dtype=torch.bfloat16, device="cuda")
+    record = case.record()
+    launcher = Fp8ExpertsLauncher(case.weights(record), top_k=2, dtype=torch.bfloat16, plan=((None, PATHS[path]),))
+    x, ids, router = case.inputs()
+    q, scale = (part.cuda() for part in formats.quantize(x.cpu(), case.spec.activation))
+    wide = torch.empty(8, case.hidden + 3, dtype=torch.uint8, device="cuda")
+    wide[:, 1:-2] = q.view(torch.uint8)
+    outs = [
+        launcher(rows, ids, router, poisoned(launcher.workspace(8), "cuda"), torch.empty_like(x), None, scale)
+        for rows in (q, wide.view(torch.float8_e4m3fn)[:, 1:-2])
+    ]
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("path", ["slots", "scan", "grouped", "stream"])
 def test_gate_and_up_with_different_input_scales(path):
-    case = Case("fp8_tensor", tokens=40, halves_differ=True, dtype=torch.bfloat16, device="cuda")
-    out, expected, _ = run(case, PATHS[path])
+    if not runs("fp8_tensor", path):
+        pytest.skip("not on this device")
+    tokens = 8 if path == "stream" else 40
+    case = Case("fp8_tensor", tokens, halves_differ=True, dtype=torch.bfloat16, device="cuda")
+    out, expected, _ = run(case, PATHS[path], steps=40 // tokens)
     assert relative_error(out, expected) <= near(case)
 
 
@@ -140,7 +167,7 @@ def test_static_scales_saturate_what_is_finite():
 
 
 @pytest.mark.parametrize("path", ["slots", "scan", "grouped", "specialized", "stream"])
-@pytest.mark.parametrize("scheme", ["fp8_block", "fp8_channel"])
+@pytest.mark.parametrize("scheme", ["fp8_block", "fp8_channel", "fp8_tensor"])
 def test_nan_and_inf_reach_their_own_token_and_no_other(scheme, path):
     if not runs(scheme, path):
         pytest.skip("not on this device")
@@ -170,10 +197,10 @@ def test_nan_and_inf_reach_their_own_token_and_no_other(scheme, path):
     {"activation": ActivationSpec("silu", GateUpLayout.UP_GATE)}, {"hidden": 4112, "intermediate": 1552},
     {"experts": 60, "top_k": 8},
 ], ids=["none", "one", "no_rows", "int64", "up_gate", "large", "all_experts"])  # fmt: skip
-@pytest.mark.parametrize("scheme", ["fp8_block", "fp8_block_ue8m0", "fp8_channel"])
+@pytest.mark.parametrize("scheme", ["fp8_block", "fp8_block_ue8m0", "fp8_channel", "fp8_tensor"])
 def test_stream(scheme, changes, given):
-    if not runs(scheme, "stream"):
-        pytest.skip("not on this device")
+    if not runs(scheme, "stream") or (given and scheme not in schemes.ROW_WISE):
+        pytest.skip("not on this device, or not quantized row by row")
     for tokens in (8, 1, 5):
         rows = changes.get("num_rows")
         own = changes if rows is None else {**changes, "num_rows": min(rows, tokens)}
@@ -185,14 +212,44 @@ def test_stream(scheme, changes, given):
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU (compute capability 9.0)")
 @pytest.mark.parametrize("changes", [
     {"routing": "none"}, {"routing": "one"}, {"num_rows": 0}, {"num_rows": 77}, {"intermediate": 112},
-    {"hidden": 1040, "experts": 150}, {"activation": ActivationSpec("silu", GateUpLayout.UP_GATE)},
-], ids=["none", "one", "no_rows", "rows", "one_block", "many_experts", "up_gate"])  # fmt: skip
+    {"hidden": 1040}, {"experts": 150}, {"activation": ActivationSpec("silu", GateUpLayout.UP_GATE)},
+], ids=["none", "one", "no_rows", "rows", "one_block", "wide", "many_experts", "up_gate"])  # fmt: skip
 def test_loading_warps(changes):
     case = Case("fp8_block", 300, dtype=torch.bfloat16, device="cuda", **changes)
     short = [(WARPS, AlternatingConfig(128, 3, 4)), (TURNS, AlternatingConfig(256, 1, 2))]
     for up, down in [(WARPS, WARPS), (TURNS, TURNS), *short]:
         out, expected, _ = run(case, Fp8GroupedConfig(up, down, early=False), steps=2)
         assert relative_error(out, expected) <= near(case)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU (compute capability 9.0)")
+@pytest.mark.parametrize(("up", "down"), [
+    (TURNS, TURNS), (TURNS, AlternatingConfig(128, 3, 4)), (HALVES, HALVES), (HALVES, AlternatingConfig(128, 3, 4)),
+], ids=["turns", "turns_alternating", "halves", "halves_alternating"])  # fmt: skip
+def test_kernels_that_come_early_or_share_tiles_change_no_bit(up, down):
+    """One graph of steps whose rows and their number change, against kernels that come one after the other."""
+    case = Case("fp8_block", 300, hidden=272, intermediate=256, experts=11, dtype=torch.bfloat16, device="cuda")
+    steps = [
+        (case.inputs(seed), torch.tensor([rows], dtype=torch.int32, device="cuda"))
+        for seed, rows in enumerate((300, 1, 0, 40, 299, 7))
+    ]
+    plain = Fp8GroupedConfig(TURNS, down if isinstance(down, AlternatingConfig) else TURNS, early=False)
+    weights, outs = case.weights(case.record()), []
+    for config in (plain, Fp8GroupedConfig(up, down)):
+        launcher = Fp8ExpertsLauncher(weights, top_k=case.top_k, dtype=case.dtype, plan=((None, config),))
+        space = poisoned(launcher.workspace(case.tokens), "cuda")
+        outs.append([torch.full_like(x, float("nan")) for (x, _, _), _ in steps])
+        calls = [
+            partial(launcher, x, ids, router, space, out, rows)
+            for ((x, ids, router), rows), out in zip(steps, outs[-1], strict=True)
+        ]
+        graph = capture(calls)
+        for out in outs[-1]:
+            out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+    assert all(map(torch.equal, *outs))
+    assert not any(bool(out.isnan().any()) for out in outs[0])
 
 
 def test_blocks_of_zeros_and_of_the_largest_values():

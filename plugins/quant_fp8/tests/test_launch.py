@@ -53,8 +53,8 @@ def test_weights_stream_where_a_step_reads_many_on_hopper_and_the_activation_is_
     assert [path(DEEPSEEK, t) for t in (1, 2, 8, 9)] == ["slots", "stream", "stream", "scan"]
     assert fp8_config(DEEPSEEK, BLOCK, 4, plain=False).path == "scan"
     assert path(dataclasses.replace(DEEPSEEK, capability=(12, 0)), 4) == "by slot"
-    # A static scale is an expert's own; 256 ids are more than a program compares with each other.
-    assert path(MIXTRAL, 1, STATIC) == "by slot"
+    # The scale of an expert's input is known before its rows, or not; 256 ids are more than a program compares.
+    assert [path(MIXTRAL, 1, spec) for spec in (STATIC, DYNAMIC)] == ["stream", "slots"]
     assert path(dataclasses.replace(MIXTRAL, top_k=32, num_experts=64), 8) != "stream"
     with pytest.raises(ValueError, match="buffers come in pairs"):
         Fp8StreamConfig(5, 6)
@@ -75,6 +75,23 @@ def test_loading_warps_where_experts_have_many_rows_and_the_activation_is_the_on
     assert isinstance(fp8_config(MIXTRAL, BLOCK, 256).up, TileConfig)
     with pytest.raises(ValueError, match="or take a tile of 64 in turns"):
         Fp8SpecializedConfig(block_m=32)
+    with pytest.raises(ValueError, match="halves are those of a tile of 64 rows"):
+        Fp8SpecializedConfig(halves=True)
+
+
+def test_rows_that_ranks_share_have_kernels_that_find_what_is_there():
+    few, short = (dataclasses.replace(DEEPSEEK, num_experts=64, intermediate_size=i) for i in (2048, 256))
+    for problem in (few, short):
+        shared = dataclasses.replace(problem, all_experts=256)
+        config = fp8_config(shared, BLOCK, 512)
+        assert config.up == Fp8SpecializedConfig(4, 1, 64, halves=True)
+        assert config.early
+        # a mean of 64 rows, and not of 256
+        assert fp8_config(shared, BLOCK, 2048).up.block_m == 64
+        assert fp8_config(shared, BLOCK, 512, plain=False) == fp8_config(problem, BLOCK, 512, plain=False)
+        assert fp8_config(shared, ROW, 512) == fp8_config(problem, ROW, 512)
+    assert isinstance(fp8_config(few, BLOCK, 512).up, TileConfig)
+    assert isinstance(fp8_config(dataclasses.replace(short, all_experts=256), BLOCK, 512).down, AlternatingConfig)
 
 
 def test_rows_of_short_experts_take_turns():

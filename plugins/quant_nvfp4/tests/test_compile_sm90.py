@@ -122,3 +122,15 @@ def test_alternating():
     assert "fence.proxy.async" in text
     with pytest.raises(ValueError, match="power of 2"):
         step(Activation(), plan[0][1])
+
+
+def test_a_kernels_key_does_not_hang_on_what_was_compiled_before():
+    """Or one process would not find in Triton's cache what another one has compiled for it."""
+    from moe_core.ops._kernels.nvfp4_gemm import nvfp4_gemm_kernel
+    from moe_core.ops._kernels.nvfp4_rows import nvfp4_rows_kernel
+    from moe_core.ops._kernels.nvfp4_slots import nvfp4_slots_down_kernel, nvfp4_slots_up_kernel
+
+    for kernel in (nvfp4_slots_up_kernel, nvfp4_slots_down_kernel, nvfp4_rows_kernel, nvfp4_gemm_kernel):
+        first = kernel.cache_key
+        kernel.hash = None  # as if it came last: all functions that it calls have keys by now
+        assert kernel.cache_key == first
