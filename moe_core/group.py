@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -24,6 +25,19 @@ _REPORT_TIMEOUT_S = 2.0
 """After a failure, how long the other ranks are given to report theirs, so that the silent one can be named."""
 _POLL_S = 0.0005
 _UNGUARDED = contextlib.nullcontext()
+
+
+def connect_ranks(backend: str, timeout_s: float) -> None:
+    """Makes the default process group from the launcher's environment; its threads end with `destroy_process_group`.
+
+    Args:
+        backend: of torch.distributed: "gloo", "nccl".
+        timeout_s: how long a collective waits for the other ranks.
+    """
+    # Some default arguments in there keep the group that stands when it is imported, as transformers and dynamo do. The
+    # group's threads would then outlive its end, and now and then abort the process while Python exits.
+    importlib.import_module("torch.distributed.nn")
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
 
 class TorchGroup:

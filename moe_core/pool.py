@@ -51,8 +51,8 @@ class SharedPool(Generic[T]):
     """Items by key, one per process and rank, counted by their holders.
 
     Making an item is collective, so all ranks ask for the same keys in the same order, as they build the same layers in
-    the same order. Owners are the ranks of this process (one, but for virtual ranks), and never share an item: so
-    nothing here needs a lock, and virtual ranks make theirs at the same time.
+    the same order. An owner is what the caller says, a process group, a whole process or a virtual rank. Owners never
+    share an item: so nothing here needs a lock, and virtual ranks make theirs at the same time.
 
     An owner's items go together. Libraries map memory of other processes for several of their buffers at once, and one
     buffer's end has unmapped what another still used.

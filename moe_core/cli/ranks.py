@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 from collections.abc import Iterator
-from datetime import timedelta
 
 import attrs
 import torch
@@ -14,7 +12,7 @@ import torch.distributed as dist
 
 from moe_core.cli.options import real_device
 from moe_core.errors import MoEError
-from moe_core.group import TorchGroup
+from moe_core.group import TorchGroup, connect_ranks
 from moe_core.interfaces import Group
 
 TIMEOUT_S = 300.0
@@ -68,11 +66,8 @@ def ranks(device: str | None) -> Iterator[Ranks]:
 
 
 def _connect(backend: str) -> None:
-    # Some default arguments in there keep the group that stands when it is imported, as transformers does. The group's
-    # threads would then outlive `destroy_process_group`, and now and then abort the process while Python exits.
-    importlib.import_module("torch.distributed.nn")
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
+        connect_ranks(backend, TIMEOUT_S)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise MoEError(

@@ -167,6 +167,10 @@ class SpecializedGemm:
                 f"{config} is for silu(gate) · up of two halves without clamp and biases, and for e4m3 activations (in "
                 f"the up GEMM not with static scales); {weights.activation}, {spec} need a TileConfig"
             )
+        if config.halves and spec.activations != "group":
+            raise ValueError(
+                f"{config}: halves are for weights and activations in blocks of 128 columns, not for {spec}"
+            )
         if shape.up:
             length, self._columns, self._width = hidden, inner, FP8_GROUP
             matrix, self._scales = weights.w13, weights.halves("scale13")

@@ -96,8 +96,9 @@ class Fp8Gemms:
             self._rows_13(x, rows, scale, where.key, row_end if self._batched else None, where.capacity)
             return Operand(rows, scale)
         if self._expert_13 is None:
-            if x_scale is not None and (x.data_ptr() | x.stride(0)) % 4:
-                # Gathered rows are copied in pieces of 4 bytes or more, from borders of such pieces.
+            if x_scale is not None and (x.data_ptr() % 16 or x.stride(0) % 4):
+                # Gathered rows are copied in pieces of 4 bytes or more, from borders of such pieces; of a pointer the
+                # compiler knows multiples of 16 or nothing.
                 x = workspace["x_q"][: x.shape[0]].copy_(x)
             return Operand(x, x_scale)
         count = x.shape[0] * (1 if self._batched else self._problem.top_k)

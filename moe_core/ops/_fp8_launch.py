@@ -195,7 +195,8 @@ def grouped_config(problem: ExpertsProblem, spec: Fp8Format, rows: float, plain:
     tma = problem.capability >= (9, 0)
     early = rows <= 24
     warps_fit = plain and problem.capability[0] == 9 and problem.num_experts <= MAX_TABLES
-    if warps_fit and spec.activations == "group" and problem.all_experts > problem.num_experts:
+    shared = problem.all_experts > problem.num_experts and problem.intermediate_size <= 2048  # larger: not measured
+    if warps_fit and spec.activations == "group" and shared:
         return _shared_rows_config(problem, spec, rows * problem.num_experts / problem.all_experts)
     if spec.activations is None:
         tile = TileConfig(16 if rows <= 12 else 64, 64, 128, 4, 3, tma=tma)
@@ -219,6 +220,7 @@ def grouped_config(problem: ExpertsProblem, spec: Fp8Format, rows: float, plain:
 
 
 def _loading_warps(problem: ExpertsProblem, spec: Fp8Format, rows: float) -> Fp8GroupedConfig:
+    """GEMMs whose programs find their tiles themselves; the down GEMM in turns where I is short."""
     wide = _wide_tiles(problem, rows)
     # Two input scales for gate and up, should they differ, are for the plain kernel.
     up = TileConfig(128, 128, 128, 8, 3) if spec.activations == "static" else wide
@@ -234,12 +236,12 @@ def _shared_rows_config(problem: ExpertsProblem, spec: Fp8Format, rows: float) -
     So programs find their tiles, of which they have few. Against plain tiles by the bound of rows a layer's step took 2
     to 10 % less at I = 2048 and 4 to 21 % less at 256 (DeepSeek-V3 on 4 ranks, 1 to 128 tokens each).
     """
-    config = replace(_loading_warps(problem, spec, rows), early=True)
+    config = _loading_warps(problem, spec, rows)
     if rows >= TALL_ROWS:
         return config
     # Sums that go from group to group take one stage's room.
     down = config.down if isinstance(config.down, AlternatingConfig) else Fp8SpecializedConfig(5, 1, 64, halves=True)
-    return replace(config, up=Fp8SpecializedConfig(4, 1, 64, halves=True), down=down)
+    return replace(config, up=Fp8SpecializedConfig(4, 1, 64, halves=True), down=down, early=True)
 
 
 def _wide_tiles(problem: ExpertsProblem, rows: float) -> Fp8SpecializedConfig:

@@ -81,7 +81,7 @@ class Fp8StreamRunner:
             )
         stride_x = x.stride(0)
         if (x.data_ptr() | stride_x * x.element_size()) % 16:
-            # Rows are copied in pieces of 16 bytes; y's memory is free on this path.
+            # Else the compiler loads single elements; y's memory is free on this path.
             x = workspace["y"].view(x.dtype).view(-1, x.shape[1])[:tokens].copy_(x)
             stride_x = x.stride(0)
         act, scratch = workspace["act"], workspace["stream"]  # each costs host time: no others

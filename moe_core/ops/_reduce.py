@@ -47,7 +47,7 @@ class ReduceLaunch:
 
 
 class ReduceFewLaunch:
-    """The same where `num_rows` says that most rows may not be there, as where ranks share buffers."""
+    """The same where `num_rows` is given: most rows may not be there, as where ranks share buffers."""
 
     def __init__(self, problem: ExpertsProblem, pdl: bool):
         from moe_core.ops._kernels.reduce import reduce_few_kernel

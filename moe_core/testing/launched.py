@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 from moe_core.errors import CapacityError, MoEError
-from moe_core.group import TorchGroup
+from moe_core.group import TorchGroup, connect_ranks
 from moe_core.testing.case import OutOfStep, Violation
 
 TIMEOUT_S = 30.0
@@ -71,10 +71,16 @@ def join(timeout_s: float) -> tuple[TorchGroup, torch.device]:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-        if backend == "gloo":  # its threads, if they are left, abort the process now and then, while Python exits
-            atexit.register(dist.destroy_process_group)
+        connect_ranks(backend, timeout_s)
+        if backend == "gloo":
+            atexit.register(_leave)
     return TorchGroup(timeout_s=timeout_s), device
+
+
+def _leave() -> None:
+    """Ends the group's threads: left alone they abort the process now and then, while Python exits."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def run_as_rank(group: TorchGroup, work: Callable[[Any], Any], *, return_errors: bool) -> list[Any]:

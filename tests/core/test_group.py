@@ -148,20 +148,26 @@ ENDED = """
 import importlib, weakref, torch.distributed as dist
 from moe_core.cli.ranks import _connect
 from moe_core.group import TorchGroup
-_connect("gloo")
+from moe_core.testing.launched import _leave, join
+{connect}
 group = TorchGroup()
 group.barrier()
 importlib.import_module("torch.distributed.nn.functional")  # as transformers does
 seen = weakref.ref(dist.group.WORLD)
-dist.destroy_process_group()
+{leave}
 print(seen(), flush=True)
 """
 
 
-def test_the_default_groups_threads_end_with_it():
+@pytest.mark.parametrize(
+    ("connect", "leave"), [("_connect('gloo')", "dist.destroy_process_group()"), ("join(5.0)", "_leave(); _leave()")]
+)
+def test_the_default_groups_threads_end_with_it(connect, leave):
     """Threads that are left abort the process now and then, while Python exits."""
-    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    done = subprocess.run([sys.executable, "-c", ENDED], env=environment, capture_output=True, text=True, timeout=60)
+    environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    environment |= {"MASTER_PORT": "0", "CUDA_VISIBLE_DEVICES": ""}
+    code = ENDED.format(connect=connect, leave=leave)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr
 
 

@@ -27,7 +27,7 @@ TIMEOUT_S = 3.0
 """Of the layers' groups, or, in eager mode, of torch's."""
 LATE_S = TIMEOUT_S + 3
 """How late: after everybody has been told."""
-PATIENT_S = 60.0
+PATIENT_S = 30.0
 """Where nothing is to fail."""
 TOKENS = 4
 

@@ -354,8 +354,9 @@ def fp8_specialized_kernel(
     """c = a @ w[e].T for each of E experts' rows, or silu(a @ gate[e].T) · (a @ up[e].T) (PAIR).
 
     w_1, w_2: tensor maps of [E * W_ROWS, LEN]; FIRST_1, FIRST_2: where their blocks stand. Programs walk the tiles.
-    EARLY: programmatic launch. The kernel before a gathering one is `align_kernel`, which is waited for at once; other
-    kernels before have themselves waited for it before they let this one come, so tiles and weights are known then.
+    EARLY: programmatic launch. The kernel before a gathering one is `align_kernel`, or the quantizer of x, which ends
+    behind it, and is waited for at once; other kernels before have waited for it before they let this one come, so
+    tiles and weights are known then.
     """
     a_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], gl.float8e4nv)
     a_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BM, BK], a_layout)
@@ -401,3 +402,8 @@ def fp8_specialized_kernel(
             (_load_maps, (a, w_1, w_2, a_bufs, bufs_1, bufs_2, rows_full, full, empty, tables, slot_of_row,
                           stride_a, LEN, N, W_ROWS, FIRST_1, FIRST_2, PAIR, K, GROUP, EARLY)),
         ], [4, 1], REGISTERS_WITH_MAPS)  # fmt: skip
+
+
+# Else the keys of the kernels that share these functions hang on which one a process compiles first: see `nvfp4.py`.
+for _function in (_count, _find, _write_tables, _load_maps, _load_rows, _store, _write_act):
+    _function.cache_key  # noqa: B018 - computed when it is asked for

@@ -1,8 +1,8 @@
 """Both GEMMs for up to 8 tokens with e4m3 weights, as one stream of weights each (Gluon, Hopper).
 
-One warp of a program asks for blocks of weights as far ahead as shared memory goes, also while the kernel before is
-still at work. Others quantize the rows that go with them, in turns, and four multiply. Weights are the left side of
-`wgmma`; its 8 columns are the step's tokens, all of them, so that rows are neither sorted nor gathered.
+One warp of a program asks for blocks of weights as far ahead as shared memory goes, for the down GEMM also while the up
+GEMM is still at work. Others quantize the rows that go with them, in turns, and four multiply. Weights are the left
+side of `wgmma`; its 8 columns are the step's tokens, all of them, so that rows are neither sorted nor gathered.
 
 The U distinct experts are units; row u * T + t of act is unit u's for token t. The up kernel's programs share (unit, 64
 columns of gate and of up). The down kernel's share all units' steps for every 128 columns, cut anywhere, and sum the
@@ -25,6 +25,7 @@ from moe_core.ops._kernels.dependent import let_next_kernel_come, wait_for_kerne
 from moe_core.ops._kernels.fp8_stream_rows import (
     BK,
     BM,
+    QUANTIZERS,
     STEP,
     TOKENS,
     expert_of,
@@ -312,6 +313,7 @@ def fp8_stream_kernel(
         # The down kernel counts arrivals per block of columns; nobody else can have cleared the counters.
         for block in range(gl.program_id(0), COUNTERS, gl.num_programs(0)):
             gl.store(arrivals + block, 0)
+    gl.static_assert(QUANTIZERS == 3)  # as many as stand here
     gl.warp_specialize([
         (_multiply, (rows, c, s_1, s_2, in_1, in_2, ids, weights, parts, arrivals, amax, a_bufs, bufs_1, bufs_2,
                      scale_bufs, row_scales, scaled, full, empty, experts, units, num_slots, num_tokens, LEN, N, K, SE,

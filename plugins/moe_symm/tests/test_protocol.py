@@ -106,10 +106,12 @@ class Rank:
         return (self.backend.prepare_start if split else self.backend.prepare)(x, routing, **named), routing
 
     def finalize(
-        self, batch: Batch, dispatched: Dispatched, routing: Routing, *, out: Any = None, split: bool = False
-    ) -> torch.Tensor:
+        self, batch: Batch, dispatched: Dispatched, routing: Routing, *, y: Any = None, out: Any = None,
+        split: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
         out = torch.full((batch.sizes[self.rank], H), torch.nan) if out is None else out
-        arguments = (self.expert_rows(batch, self.rank), dispatched.handle, routing, out)
+        y = self.expert_rows(batch, self.rank) if y is None else y
+        arguments = (y, dispatched.handle, routing, out)
         if split:
             self.backend.finalize_start(*arguments)()
         else:
@@ -468,7 +470,8 @@ def steps_on_strided_tensors(group: VirtualGroup, form: Form) -> int:
     for split in (False, True):
         arrived, routing = rank.prepare(batch, split=split)
         out = strided(torch.full((M, H), torch.nan))
-        rank.finalize(batch, arrived() if split else arrived, routing, out=out, split=split)
+        y = strided(rank.expert_rows(batch, rank.rank))
+        rank.finalize(batch, arrived() if split else arrived, routing, y=y, out=out, split=split)
         wrong += not torch.equal(out, rank.expected(batch))
     return wrong
 

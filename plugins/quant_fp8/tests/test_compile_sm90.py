@@ -149,3 +149,33 @@ def test_loading_warps_give_their_registers_to_those_that_multiply(compiled, pat
         loops = list(inner_loops(kernel.asm["sass"], "QGMMA"))
         assert len(loops) == 2 * 2 * 4  # groups, blocks, products of 32 columns
         assert not any("STL" in line or "LDL" in line for loop in loops for line in loop)
+
+
+def test_given_rows_from_any_byte_on_compile(compiled):
+    """The compiler knows of a pointer that it is a multiple of 16, or nothing."""
+    for path in ("turns", "halves"):
+        config = CONFIGS[path]
+        launcher = Fp8ExpertsLauncher(weights("fp8_block"), top_k=K, dtype=torch.bfloat16, plan=((None, config),))
+        out, ids = meta(8, H, dtype=torch.bfloat16), meta(8, K, dtype=torch.int32)
+        for first in (0, 1, 4, 8):
+            x = meta(8, H + 8, dtype=torch.float8_e4m3fn)[:, first : first + H]
+            launcher(x, ids, meta(8, K), space(launcher.workspace(8)), out, None, meta(8, -(-H // 128)))
+    assert all(kernel.asm["cubin"] for kernel in compiled)
+
+
+def test_halves_are_for_blocks():
+    config = CONFIGS["halves"]
+    launcher = Fp8ExpertsLauncher(weights("fp8_channel"), top_k=K, dtype=torch.bfloat16, plan=((None, config),))
+    out, ids = meta(8, H, dtype=torch.bfloat16), meta(8, K, dtype=torch.int32)
+    with pytest.raises(ValueError, match="halves are for weights and activations in blocks"):
+        launcher(out, ids, meta(8, K), space(launcher.workspace(8)), out)
+
+
+def test_a_kernels_key_does_not_hang_on_what_was_compiled_before():
+    from moe_core.ops._kernels.fp8_halves import fp8_specialized_halves_kernel
+    from moe_core.ops._kernels.fp8_specialized import fp8_specialized_kernel
+
+    for kernel in (fp8_specialized_halves_kernel, fp8_specialized_kernel):
+        first = kernel.cache_key
+        kernel.hash = None  # as if it came last: all functions that it calls have keys by now
+        assert kernel.cache_key == first

@@ -125,13 +125,16 @@ def test_given_rows_on_any_border(scheme, path):
     launcher = Fp8ExpertsLauncher(case.weights(record), top_k=2, dtype=torch.bfloat16, plan=((None, PATHS[path]),))
     x, ids, router = case.inputs()
     q, scale = (part.cuda() for part in formats.quantize(x.cpu(), case.spec.activation))
-    wide = torch.empty(8, case.hidden + 3, dtype=torch.uint8, device="cuda")
-    wide[:, 1:-2] = q.view(torch.uint8)
+    views = [q]
+    for first, last in ((1, 2), (4, 4), (8, 8)):
+        wide = torch.empty(8, first + case.hidden + last, dtype=torch.uint8, device="cuda")
+        wide[:, first:-last] = q.view(torch.uint8)
+        views.append(wide.view(torch.float8_e4m3fn)[:, first:-last])
     outs = [
         launcher(rows, ids, router, poisoned(launcher.workspace(8), "cuda"), torch.empty_like(x), None, scale)
-        for rows in (q, wide.view(torch.float8_e4m3fn)[:, 1:-2])
+        for rows in views
     ]
-    assert torch.equal(*outs)
+    assert all(torch.equal(out, outs[0]) for out in outs)
 
 
 @pytest.mark.parametrize("path", ["slots", "scan", "grouped", "stream"])

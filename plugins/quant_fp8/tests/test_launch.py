@@ -88,9 +88,13 @@ def test_rows_that_ranks_share_have_kernels_that_find_what_is_there():
         assert config.early
         # a mean of 64 rows, and not of 256
         assert fp8_config(shared, BLOCK, 2048).up.block_m == 64
+        tall = fp8_config(shared, BLOCK, 4096)
+        assert (tall.up.block_m, tall.up.halves, tall.early) == (128, False, False)
         assert fp8_config(shared, BLOCK, 512, plain=False) == fp8_config(problem, BLOCK, 512, plain=False)
         assert fp8_config(shared, ROW, 512) == fp8_config(problem, ROW, 512)
     assert isinstance(fp8_config(few, BLOCK, 512).up, TileConfig)
+    large = dataclasses.replace(few, intermediate_size=14336)
+    assert fp8_config(dataclasses.replace(large, all_experts=256), BLOCK, 512) == fp8_config(large, BLOCK, 512)
     assert isinstance(fp8_config(dataclasses.replace(short, all_experts=256), BLOCK, 512).down, AlternatingConfig)
 
 
