@@ -17,7 +17,9 @@ from moe_core.ops._launch import ExpertsProblem
 from moe_core.ops._runtime import KernelLaunch
 
 WEIGHT_ROWS = 64  # of one product
-REGISTERS = 136  # a thread's: a multiprocessor has room for one program, and a down program comes as an up program goes
+REGISTERS = 136
+"""A thread's. A multiprocessor has room for one program, and a down program comes as an up program goes. Prototypes
+with fewer, two programs beside one another, gave results that differed between runs; the reason was not found."""
 
 
 class Fp8StreamRunner:
