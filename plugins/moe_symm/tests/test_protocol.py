@@ -106,12 +106,10 @@ class Rank:
         return (self.backend.prepare_start if split else self.backend.prepare)(x, routing, **named), routing
 
     def finalize(
-        self, batch: Batch, dispatched: Dispatched, routing: Routing, *, y: Any = None, out: Any = None,
-        split: bool = False,
-    ) -> torch.Tensor:  # fmt: skip
+        self, batch: Batch, dispatched: Any, routing: Routing, *, y: Any = None, out: Any = None, split: bool = False
+    ) -> torch.Tensor:
         out = torch.full((batch.sizes[self.rank], H), torch.nan) if out is None else out
-        y = self.expert_rows(batch, self.rank) if y is None else y
-        arguments = (y, dispatched.handle, routing, out)
+        arguments = (self.expert_rows(batch, self.rank) if y is None else y, dispatched.handle, routing, out)
         if split:
             self.backend.finalize_start(*arguments)()
         else:
@@ -469,8 +467,7 @@ def steps_on_strided_tensors(group: VirtualGroup, form: Form) -> int:
     batch = Batch(strided(drawn.x), strided(drawn.ids), strided(drawn.weights), [M] * group.size)
     for split in (False, True):
         arrived, routing = rank.prepare(batch, split=split)
-        out = strided(torch.full((M, H), torch.nan))
-        y = strided(rank.expert_rows(batch, rank.rank))
+        out, y = strided(torch.full((M, H), torch.nan)), strided(rank.expert_rows(batch, rank.rank))
         rank.finalize(batch, arrived() if split else arrived, routing, y=y, out=out, split=split)
         wrong += not torch.equal(out, rank.expected(batch))
     return wrong
